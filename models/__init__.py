@@ -1,0 +1,1 @@
+"""Small models in plain Pyro, each with its data and its referees."""

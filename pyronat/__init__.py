@@ -1,0 +1,29 @@
+"""pyronat: natural gradients for probabilistic programs in Pyro."""
+
+from pyronat import steps
+from pyronat.analysis import analyze
+from pyronat.errors import PyronatError
+from pyronat.geometry import Euclidean, Full
+from pyronat.graph import BayesNet, District, ParamBlock, Site
+from pyronat.infer import NaturalSVI, StepInfo
+from pyronat.optim import NaturalGradient
+from pyronat.rws import ReweightedWakeSleep
+from pyronat.study import Fisher, fisher
+
+__all__ = [
+    "BayesNet",
+    "District",
+    "Euclidean",
+    "Fisher",
+    "Full",
+    "NaturalGradient",
+    "NaturalSVI",
+    "ParamBlock",
+    "PyronatError",
+    "ReweightedWakeSleep",
+    "Site",
+    "StepInfo",
+    "analyze",
+    "fisher",
+    "steps",
+]

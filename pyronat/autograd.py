@@ -1,0 +1,400 @@
+"""Reading the autograd graph: leaves that a tensor depends on, linear units, Jacobians.
+
+Everything that touches private names of torch's graph nodes is here. Whatever is not recognized
+is reported as such, and the caller takes the general path, which needs public names only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+Edge: TypeAlias = tuple[Any, int]
+"""A node of the autograd graph and the number of one of its outputs."""
+
+_Head: TypeAlias = tuple[Tensor, bool, Tensor | None]
+"""A leaf, whether its units are columns, and its inputs (None for a bias)."""
+
+ELEMENTWISE = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Abs Add Alias Clamp ClampMin ClampMax Clone Div Elu Exp Expm1 Gelu LeakyRelu Log Log1P "
+        "LogSigmoid Mul Neg Pow Reciprocal Relu Rsqrt Sigmoid Silu Softplus Sqrt Square Sub Tanh "
+        "ToCopy UnsafeView View"
+    ).split()
+) | {"ClampBackward1", "RsubBackward1"}
+"""Nodes whose i-th output depends on the i-th input alone, when no input is broadcast."""
+
+ORDER_KEEPING = frozenset({
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "AliasBackward0",
+    "CloneBackward0",
+})
+TRANSPOSING = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackward0"})
+
+
+class SampleGate:
+    """Treats sample values as constants while closed, and does nothing while open.
+
+    The Jacobian of a site's distribution is taken at fixed values of its parents, but a
+    reparametrized value carries the graph of the distribution it came from. A tensor hook cuts it
+    without replacing the value, whose identity transforms may rely on.
+    """
+
+    def __init__(self, values: Sequence[Tensor]) -> None:
+        """Hooks every value that has a gradient function."""
+        self._closed = False
+        attached = [value for value in values if value.grad_fn is not None]
+        self.edges: frozenset[Edge] = frozenset(edge_of(value) for value in attached)
+        self._handles = [value.register_hook(self._hook) for value in attached]
+
+    def _hook(self, gradient: Tensor) -> Tensor | None:
+        return torch.zeros_like(gradient) if self._closed else None
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Within this context no gradient passes a sample value."""
+        self._closed = True
+        try:
+            yield
+        finally:
+            self._closed = False
+
+    def remove(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Term:
+    """One parameter of a sum of affine maps: a weight with its inputs, or a bias with ones.
+
+    Attributes:
+        leaf: weight `[units, inputs]` (or `[inputs, units]` where transposed), or bias.
+        transposed: whether the units are the columns of the leaf.
+        inputs: `[rows, inputs]`, detached; a column of ones for a bias.
+    """
+
+    leaf: Tensor
+    transposed: bool
+    inputs: Tensor
+
+
+@dataclass(frozen=True)
+class LinearUnits:
+    """A tensor that is an elementwise function of affine units, θ_nu = f_nu(Σ_i a_ni W_ui).
+
+    Attributes:
+        terms: the parameters and their inputs.
+        units: number of units.
+        rows: number of rows of the inputs; θ has `repeats * rows * units` elements.
+        slope: ∂θ/∂(preactivation) `[repeats * rows, units]`, or None where it is 1.
+    """
+
+    terms: tuple[Term, ...]
+    units: int
+    rows: int
+    slope: Tensor | None
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """The graph edge that a tensor with a gradient function comes from."""
+    return tensor.grad_fn, tensor.output_nr
+
+
+def leaves(tensors: Sequence[Tensor], stops: Collection[Edge]) -> list[Tensor]:
+    """Leaves that require a gradient and reach the tensors without passing a stop edge.
+
+    Args:
+        tensors: tensors of any shape, attached to the graph or not.
+        stops: edges that are not crossed, as those of sample values.
+
+    Returns:
+        The leaves in order of discovery, each once.
+    """
+    found = {
+        id(tensor): tensor for tensor in tensors if tensor.requires_grad and tensor.grad_fn is None
+    }
+    for tensor in tensors:
+        if tensor.grad_fn is not None:
+            for node in _walk(edge_of(tensor), stops):
+                if hasattr(node, "variable"):
+                    found[id(node.variable)] = node.variable
+    return list(found.values())
+
+
+def _walk(edge: Edge, stops: Collection[Edge]) -> Iterator[Any]:
+    stack, seen = [edge], set()
+    while stack:
+        edge = stack.pop()
+        if edge[0] is None or edge in stops or edge in seen:
+            continue
+        seen.add(edge)
+        yield edge[0]
+        stack.extend(edge[0].next_functions)
+
+
+def _reaches_leaf(edge: Edge, stops: Collection[Edge]) -> bool:
+    return any(hasattr(node, "variable") for node in _walk(edge, stops))
+
+
+def _shape(edge: Edge) -> tuple[int, ...]:
+    """Shape of the tensor an edge stands for."""
+    node, number = edge
+    if hasattr(node, "variable"):
+        return tuple(node.variable.shape)
+    return tuple(int(size) for size in node._input_metadata[number].shape)
+
+
+def _numel(edge: Edge) -> int:
+    return prod(_shape(edge))
+
+
+def _weight_leaf(edge: Edge) -> tuple[Tensor, bool] | None:
+    """The matrix behind an edge and whether its columns, not its rows, are the units."""
+    node, flips = edge[0], 0
+    while node is not None and node.name() in TRANSPOSING:
+        flips += _exchanges_axes(node)
+        node = node.next_functions[0][0]
+    variable = getattr(node, "variable", None)
+    if variable is None or variable.dim() != 2:
+        return None
+    return variable, flips % 2 == 0
+
+
+def _exchanges_axes(node: Any) -> bool:
+    """Whether a transposing node of a matrix exchanges its axes; negative ones wrap around."""
+    if node.name() == "PermuteBackward0":
+        return bool(node._saved_dims[0] % 2)
+    if node.name() == "TransposeBackward0":
+        return bool(node._saved_dim0 % 2 != node._saved_dim1 % 2)
+    return True
+
+
+def _collect(edge: Edge, stops: Collection[Edge], terms: list[_Head]) -> bool:
+    """Adds the affine terms behind an edge; False where something else is met."""
+    node = edge[0]
+    if not _reaches_leaf(edge, stops):
+        return True
+    if hasattr(node, "variable"):
+        terms.append((node.variable, False, None))
+        return True
+    name = node.name()
+    if name in ORDER_KEEPING:
+        return _collect(node.next_functions[0], stops, terms)
+    if name == "AddBackward0" and node._saved_alpha == 1:
+        numel = _numel(edge)
+        return all(
+            hasattr(child[0], "variable") or _numel(child) == numel
+            for child in node.next_functions
+            if _reaches_leaf(child, stops)
+        ) and all(_collect(child, stops, terms) for child in node.next_functions)
+    if name == "AddmmBackward0" and node._saved_alpha == 1 and node._saved_beta == 1:
+        bias, inputs, matrix = node.next_functions
+        if _reaches_leaf(bias, stops) and not hasattr(bias[0], "variable"):
+            return False
+        return _collect(bias, stops, terms) and _head(
+            inputs, matrix, "_saved_mat1", node, stops, terms
+        )
+    if name == "MmBackward0":
+        inputs, matrix = node.next_functions
+        return _head(inputs, matrix, "_saved_self", node, stops, terms)
+    return False
+
+
+def _head(
+    inputs: Edge, matrix: Edge, saved: str, node: Any, stops: Collection[Edge], terms: list[_Head]
+) -> bool:
+    weight = _weight_leaf(matrix)
+    values = getattr(node, saved, None)
+    if weight is None or values is None or _reaches_leaf(inputs, stops):
+        return False
+    terms.append((*weight, values.detach()))
+    return True
+
+
+def linear_units(theta: Tensor, gate: SampleGate) -> LinearUnits | None:
+    """Recognizes a tensor whose elements are functions of one affine unit each.
+
+    Args:
+        theta: a coordinate of a distribution `[*batch]`.
+        gate: the sample values, at which the recognition stops.
+
+    Returns:
+        The units, or None where the graph holds anything that is not proven to be of this form:
+        broadcasting other than over leading dimensions, an unknown operation, parameters upstream
+        of the inputs, a weight behind a constraint, a weight used twice.
+    """
+    if not theta.requires_grad:
+        return None
+    if theta.grad_fn is None:
+        return _bias_units(theta, None)
+    path = _path_to_preactivation(edge_of(theta), gate.edges)
+    terms: list[_Head] = []
+    if path is None or not _collect(path[-1], gate.edges, terms):
+        return None
+    numel = _numel(path[-1])
+    if len(terms) == 1 and terms[0][0].numel() == numel:
+        return _bias_units(terms[0][0], _slope(path, theta, numel, gate))
+    return _assemble(terms, numel, lambda units: _slope(path, theta, units, gate))
+
+
+def _path_to_preactivation(edge: Edge, stops: Collection[Edge]) -> list[Edge] | None:
+    """Edges from theta down to the one affine edge it is an elementwise function of.
+
+    Between consecutive edges of the path the map is elementwise, after a broadcast over leading
+    dimensions at every edge but the first and the last.
+    """
+    path = [edge]
+    while True:
+        found = _elementwise_sources(path[-1], stops)
+        if found is None or len(found) != 1:
+            return None
+        (source,) = found
+        if source[0].name() != "ExpandBackward0":
+            return [*path, source]
+        path += [source, source[0].next_functions[0]]
+        if _collect(path[-1], stops, []):
+            return [*path, path[-1]]
+
+
+def _elementwise_sources(edge: Edge, stops: Collection[Edge]) -> set[Edge] | None:
+    """Affine or broadcast edges behind elementwise operations; None where others are met."""
+    numel = _numel(edge)
+    found: set[Edge] = set()
+    stack, seen = [edge], set()
+    while stack:
+        edge = stack.pop()
+        if edge in seen or not _reaches_leaf(edge, stops):
+            continue
+        seen.add(edge)
+        if _numel(edge) != numel:
+            return None
+        if _collect(edge, stops, []) or _repeats_rows(edge):
+            found.add(edge)
+        elif edge[0].name() in ELEMENTWISE:
+            stack.extend(edge[0].next_functions)
+        else:
+            return None
+    return found
+
+
+def _repeats_rows(edge: Edge) -> bool:
+    """Whether an edge is an expansion over leading dimensions only."""
+    node = edge[0]
+    if node.name() != "ExpandBackward0":
+        return False
+    source = list(_shape(node.next_functions[0]))
+    while source and source[0] == 1:
+        source.pop(0)
+    target = _shape(edge)
+    return tuple(source) == target[len(target) - len(source) :]
+
+
+def _slope(path: Sequence[Edge], theta: Tensor, units: int, gate: SampleGate) -> Tensor | None:
+    """Product of the elementwise derivatives along the path, `[theta.numel() / units, units]`."""
+    slope: Tensor | None = None
+    with gate.closed():
+        for upper, lower in zip(path[::2], path[1::2], strict=True):
+            if upper == lower:
+                continue
+            ones = torch.ones(_shape(upper), dtype=theta.dtype, device=theta.device)
+            (part,) = torch.autograd.grad(
+                [GradientEdge(*upper)], [GradientEdge(*lower)], [ones], retain_graph=True
+            )
+            part = part.detach().reshape(-1, units)
+            part = part.repeat(theta.numel() // part.numel(), 1)
+            slope = part if slope is None else slope * part
+    return slope
+
+
+def _bias_units(leaf: Tensor, slope: Tensor | None) -> LinearUnits:
+    """Units without inputs: every entry of a parameter is a unit of its own."""
+    term = Term(leaf, False, leaf.new_ones(1, 1))
+    return LinearUnits((term,), units=leaf.numel(), rows=1, slope=slope)
+
+
+def _assemble(
+    heads: Sequence[_Head], numel: int, slope: Callable[[int], Tensor | None]
+) -> LinearUnits | None:
+    """Joins terms whose shapes agree: weights with equally many rows, biases with one per unit."""
+    if len({id(leaf) for leaf, _, _ in heads}) != len(heads):
+        return None
+    counts = {leaf.shape[1 if transposed else 0] for leaf, transposed, a in heads if a is not None}
+    counts = counts or {leaf.numel() for leaf, _, _ in heads}
+    if len(counts) != 1:
+        return None
+    units = counts.pop()
+    rows = numel // units
+    terms = []
+    for leaf, transposed, inputs in heads:
+        if inputs is None:
+            if leaf.numel() != units or leaf.shape[-1:] != (units,) or rows * units != numel:
+                return None
+            inputs = leaf.new_ones(rows, 1)
+        if inputs.shape[0] != rows:
+            return None
+        terms.append(Term(leaf, transposed, inputs))
+    return LinearUnits(tuple(terms), units, rows, slope(units))
+
+
+def jacobian(coordinates: Tensor, params: Sequence[Tensor], gate: SampleGate) -> Tensor:
+    """Jacobian of a flattened tensor, sample values held fixed.
+
+    Rows are vector-Jacobian products; with fewer parameters than coordinates, columns are taken
+    instead, by differentiating the product with respect to its cotangent.
+
+    Args:
+        coordinates: tensor `[*shape]` with n elements.
+        params: leaves with p entries in all.
+        gate: the sample values.
+
+    Returns:
+        Tensor `[n, p]`, detached; a parameter that the coordinates do not reach gives zeros.
+    """
+    flat = coordinates.reshape(-1)
+    size = sum(param.numel() for param in params)
+    with gate.closed():
+        if flat.numel() <= size:
+            eye = torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)
+            rows = torch.autograd.grad(
+                flat, params, eye, is_grads_batched=True, retain_graph=True, allow_unused=True
+            )
+            return torch.cat(
+                [
+                    flat.new_zeros(flat.numel(), param.numel())
+                    if row is None
+                    else row.detach().reshape(flat.numel(), -1)
+                    for row, param in zip(rows, params, strict=True)
+                ],
+                1,
+            )
+        return _jacobian_by_columns(flat, params, size)
+
+
+def _jacobian_by_columns(flat: Tensor, params: Sequence[Tensor], size: int) -> Tensor:
+    cotangent = torch.zeros_like(flat, requires_grad=True)
+    products = torch.autograd.grad(
+        flat, params, cotangent, create_graph=True, retain_graph=True, allow_unused=True
+    )
+    filled = [
+        torch.zeros_like(param) if product is None else product
+        for product, param in zip(products, params, strict=True)
+    ]
+    product = torch.cat([part.reshape(-1) for part in filled])
+    if not product.requires_grad:
+        return flat.new_zeros(flat.numel(), size)
+    eye = torch.eye(size, dtype=flat.dtype, device=flat.device)
+    (columns,) = torch.autograd.grad(
+        product, cotangent, eye, is_grads_batched=True, retain_graph=True
+    )
+    return columns.detach().mT

@@ -1,0 +1,374 @@
+"""Local Fisher information of a program's parameter blocks, from runs of the program.
+
+One run gives every block its *factors*: inputs of linear units or Jacobians, and the Fisher
+information of the family at the run's parents. Weights say what the run stands for: dreams,
+importance-weighted posterior samples, or enumerated states. Weighted factors sum to a block's
+`Curvature`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyronat.autograd import LinearUnits, SampleGate, jacobian, linear_units
+from pyronat.errors import BlockTooLarge, StructureChanged, UnsupportedDistribution
+from pyronat.families import Group, groups, peel
+from pyronat.graph import BayesNet, ParamBlock
+from pyronat.operators import Layout
+from pyronat.tracing import SiteRecord
+
+MAX_DENSE_SIZE = 4096
+"""Largest number of entries in one dense block."""
+
+_CHUNK_ELEMENTS = 2**22
+"""Elements of the temporary that a Gram matrix is summed from."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed about a program's curvature: its blocks and where their parameters lie.
+
+    Attributes:
+        blocks: blocks to measure, by name.
+        layouts: their layouts, by name.
+        block_of: (site, group of coordinates) → name of the block.
+        families: site → name of the family, of all sites of the program.
+    """
+
+    blocks: dict[str, ParamBlock]
+    layouts: dict[str, Layout]
+    block_of: dict[tuple[str, str], str]
+    families: dict[str, str]
+
+    def owner(self) -> dict[str, str]:
+        """Parameter → name of its block."""
+        return {param: name for name, block in self.blocks.items() for param in block.params}
+
+
+def make_plan(
+    net: BayesNet, params: Mapping[str, Tensor], excluded: Iterable[str] = (), dense: bool = True
+) -> Plan:
+    """Plans the curvature of a network's blocks.
+
+    Args:
+        net: the analyzed program.
+        params: unconstrained leaves by name.
+        excluded: parameters to leave out; a block that holds one is left out whole.
+        dense: whether the matrices of the blocks will be formed.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UnsupportedDistribution: if a block has no closed-form Fisher information.
+        BlockTooLarge: if a dense block is too large to be formed.
+    """
+    left_out = set(excluded)
+    blocks = {block.name: block for block in net.blocks if not left_out & set(block.params)}
+    if dense:
+        for block in blocks.values():
+            _check_feasible(block, net)
+    return Plan(
+        blocks=blocks,
+        layouts={name: layout_of(block, params) for name, block in blocks.items()},
+        block_of={factor: block.name for block in blocks.values() for factor in block.factors},
+        families={site.name: site.family for site in net.sites},
+    )
+
+
+def layout_of(block: ParamBlock, params: Mapping[str, Tensor]) -> Layout:
+    """Where the parameters of a block lie in its vectors."""
+    shapes = tuple(tuple(params[name].shape) for name in block.params)
+    return Layout(block.params, shapes, block.transposed, block.count)
+
+
+def _check_feasible(block: ParamBlock, net: BayesNet) -> None:
+    advice = (
+        f"leave {block.name} to another optimizer with NaturalGradient(exclude=[...]), or choose "
+        "Euclidean() for this program"
+    )
+    if not block.exact:
+        families = {site.name: site.family for site in net.sites}
+        kinds = ", ".join(f"{name} ({families[name]})" for name in block.sites)
+        raise UnsupportedDistribution(
+            f"no closed-form Fisher information at site {kinds}; {advice}"
+        )
+    if block.structure == "dense" and block.size > MAX_DENSE_SIZE:
+        raise BlockTooLarge(
+            f"the dense block of {block.name} has {block.size} entries, at most {MAX_DENSE_SIZE} "
+            f"are formed; {advice}"
+        )
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Local second-order information of one block, in the units of the loss (nats).
+
+    Attributes:
+        matrix: Fisher information Σ w Jᵀ F J `[count, size, size]`, or None where not measured.
+        leverage: w_ref E‖a‖² × scale `[count]`: how far one datum can move its own coordinate,
+            squared, with w_ref the largest Fisher weight of the family.
+        reach: 2 √w_ref E‖a‖₁ `[count]`: how far a unit change of all entries moves a coordinate,
+            in units of a logit for the Bernoulli family.
+    """
+
+    matrix: Tensor | None
+    leverage: Tensor
+    reach: Tensor
+
+    def __add__(self, other: Curvature) -> Curvature:
+        """Sum over sites: Fisher informations add, the largest leverage and reach count."""
+        matrix = self.matrix
+        if matrix is not None and other.matrix is not None:
+            matrix = matrix + other.matrix
+        return Curvature(
+            matrix,
+            torch.maximum(self.leverage, other.leverage),
+            torch.maximum(self.reach, other.reach),
+        )
+
+    def mix(self, other: Curvature, share: float) -> Curvature:
+        """(1 − share) of this and `share` of the other."""
+
+        def lerp(a: Tensor, b: Tensor) -> Tensor:
+            return a if share == 0 else torch.lerp(a, b, share)
+
+        matrix = self.matrix
+        if matrix is not None and other.matrix is not None:
+            matrix = lerp(matrix, other.matrix)
+        return Curvature(matrix, lerp(self.leverage, other.leverage), lerp(self.reach, other.reach))
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What one site of one run contributes to its block, up to weights.
+
+    Attributes:
+        block: name of the block.
+        record: the site in that run.
+        fisher: Fisher information of the family `[*batch, size, size]`.
+        bound: largest Fisher weight `[*batch]` or scalar, or None where unbounded.
+        units: number of linear units, or 1.
+        inputs: inputs of linear units `[rows, fan_in]`, in the order of the block, or None.
+        slope: ∂θ/∂(preactivation) `[repeats * rows, units]`, or None where it is 1.
+        jacobian: ∂θ/∂(entries) `[batch * size, entries]`, or None for linear units.
+    """
+
+    block: str
+    record: SiteRecord
+    fisher: Tensor
+    bound: Tensor | float | None
+    units: int
+    inputs: Tensor | None = None
+    slope: Tensor | None = None
+    jacobian: Tensor | None = None
+
+    def curvature(self, weights: Tensor, with_matrix: bool = True) -> Curvature:
+        """Σ_n w_n J_nᵀ F_n J_n with its leverage and reach.
+
+        Args:
+            weights: what each batch element of the site counts for, `[*batch]` or wider.
+            with_matrix: whether the matrix is wanted.
+
+        Returns:
+            The curvature of the block, of this site in this run alone.
+        """
+        distribution = self.record.distribution
+        distribution = self.record.distribution
+        weights = weights.to(self.fisher.dtype).sum_to_size(distribution.batch_shape)
+        spread = spread_weights(weights, distribution)
+        scale = torch.as_tensor(self.record.scale).max().to(spread)
+        if self.inputs is not None:
+            curvature = self._of_units(spread, self.inputs, with_matrix)
+        else:
+            curvature = self._of_entries(spread, weights.sum(), with_matrix)
+        return replace(curvature, leverage=curvature.leverage * scale)
+
+    def _of_units(self, spread: Tensor, inputs: Tensor, with_matrix: bool) -> Curvature:
+        rows, units = len(inputs), self.units
+        squared = 1.0 if self.slope is None else self.slope**2
+        fisher = self.fisher[..., 0, 0]
+        weighted = (spread * fisher).reshape(-1, units) * squared
+        bound = fisher if self.bound is None else torch.as_tensor(self.bound).expand_as(fisher)
+        reference = (bound.reshape(-1, units) * squared).amax(0)
+        share = spread.reshape(-1, rows, units).sum((0, 2))
+        share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
+        return Curvature(
+            gram(weighted.reshape(-1, rows, units).sum(0), inputs) if with_matrix else None,
+            leverage=reference * (share @ (inputs**2).sum(1)),
+            reach=2 * reference.sqrt() * (share @ inputs.abs().sum(1)),
+        )
+
+    def _of_entries(self, spread: Tensor, total: Tensor, with_matrix: bool) -> Curvature:
+        assert self.jacobian is not None
+        size = self.fisher.shape[-1]
+        fisher = self.fisher.reshape(-1, size, size)
+        jacobian = self.jacobian.reshape(len(fisher), size, -1)
+        flat = spread.reshape(-1)
+        tiny = torch.finfo(flat.dtype).tiny
+        if self.bound is None:
+            reference = fisher
+        else:
+            bound = torch.as_tensor(self.bound, dtype=flat.dtype).expand(spread.shape).reshape(-1)
+            reference = bound[:, None, None] * torch.eye(size, dtype=flat.dtype, device=flat.device)
+        leverage = (flat[:, None, None] * (reference @ jacobian) * jacobian).sum()
+        norms = reference.diagonal(dim1=1, dim2=2).sqrt() * jacobian.abs().sum(-1)
+        matrix = None
+        if with_matrix:
+            weighted = (flat[:, None, None] * fisher) @ jacobian
+            matrix = (jacobian.flatten(0, 1).mT @ weighted.flatten(0, 1)).unsqueeze(0)
+        return Curvature(
+            matrix,
+            leverage=(leverage / total.clamp_min(tiny)).reshape(1),
+            reach=(2 * (flat @ norms.amax(-1)) / flat.sum().clamp_min(tiny)).reshape(1),
+        )
+
+
+def spread_weights(weights: Tensor, distribution: Distribution) -> Tensor:
+    """Weights of a distribution's batch elements → weights of its base distribution's.
+
+    Args:
+        weights: `[*batch]`.
+        distribution: with its wrappers.
+
+    Returns:
+        `[*base_batch]`: `Independent` copies the weight to the elements it joins,
+        `ExpandedDistribution` sums the copies it made, `MaskedDistribution` drops what it hides.
+    """
+    while True:
+        kind = type(distribution).__name__
+        if kind == "Independent":
+            dims = distribution.reinterpreted_batch_ndims
+            weights = weights.reshape(*weights.shape, *[1] * dims)
+            weights = weights.expand(distribution.base_dist.batch_shape)
+        elif kind == "ExpandedDistribution":
+            weights = weights.sum_to_size(distribution.base_dist.batch_shape)
+        elif kind == "MaskedDistribution":
+            weights = weights * torch.as_tensor(distribution._mask, device=weights.device)
+        else:
+            return weights
+        distribution = distribution.base_dist
+
+
+def gram(weights: Tensor, inputs: Tensor) -> Tensor:
+    """Σ_n w_nu a_n a_nᵀ for every unit u, summed over chunks of rows.
+
+    Args:
+        weights: `[rows, units]`.
+        inputs: `[rows, fan_in]`.
+
+    Returns:
+        `[units, fan_in, fan_in]`.
+    """
+    size = inputs.shape[1]
+    chunk = max(_CHUNK_ELEMENTS // max(size * size, 1), 1)
+    total = inputs.new_zeros(weights.shape[1], size * size)
+    for some, part in zip(weights.split(chunk), inputs.split(chunk), strict=True):
+        pairs = (part.unsqueeze(2) * part.unsqueeze(1)).flatten(1)
+        total.addmm_(some.mT, pairs)
+    return total.unflatten(1, (size, size))
+
+
+def observe(
+    records: Sequence[SiteRecord], plan: Plan, params: Mapping[str, Tensor]
+) -> list[Factor]:
+    """Factors of all planned blocks in one run, taken before the graph is differentiated.
+
+    Args:
+        records: the random sites of the run.
+        plan: the plan of the program.
+        params: unconstrained leaves by name.
+
+    Returns:
+        One factor for each group of coordinates that belongs to a block.
+
+    Raises:
+        StructureChanged: if the sites, families or linear units are not those of the plan.
+    """
+    check_sites(records, plan)
+    gate = SampleGate([record.value for record in records])
+    try:
+        return [
+            _factor(record, group, plan, params, gate)
+            for record in records
+            if any(site == record.name for site, _ in plan.block_of)
+            for group in groups(peel(record.distribution).base)
+            if (record.name, group.name) in plan.block_of
+        ]
+    finally:
+        gate.remove()
+
+
+def check_sites(records: Sequence[SiteRecord], plan: Plan) -> None:
+    """Compares a run's sites and families with the plan's."""
+    found = {record.name: type(peel(record.distribution).base).__name__ for record in records}
+    if found != plan.families:
+        changed = sorted(set(found.items()) ^ set(plan.families.items()))
+        details = ", ".join(f"{name} ({family})" for name, family in changed)
+        raise StructureChanged(
+            f"sites differ from those analyzed at the first step: {details}; programs whose sites "
+            "depend on sampled values or on the step are not supported yet"
+        )
+
+
+def _factor(
+    record: SiteRecord, group: Group, plan: Plan, params: Mapping[str, Tensor], gate: SampleGate
+) -> Factor:
+    name = plan.block_of[record.name, group.name]
+    block = plan.blocks[name]
+    factor = Factor(name, record, group.fisher, group.bound, block.count)
+    if block.structure == "unit":
+        units = linear_units(group.coordinates[0], gate)
+        if units is None or units.units != block.count:
+            raise StructureChanged(
+                f"site {record.name!r} is no longer a layer of {block.count} linear units of "
+                f"{block.name}, as it was at the first step"
+            )
+        return replace(factor, inputs=_ordered_inputs(units, block, params), slope=units.slope)
+    leaves = [params[param] for param in block.params]
+    size = group.size // len(group.coordinates)
+    parts = [
+        jacobian(coordinate, leaves, gate).reshape(-1, size, sum(map(Tensor.numel, leaves)))
+        for coordinate in torch.broadcast_tensors(*group.coordinates)
+    ]
+    return replace(factor, jacobian=torch.cat(parts, 1).flatten(0, 1))
+
+
+def _ordered_inputs(units: LinearUnits, block: ParamBlock, params: Mapping[str, Tensor]) -> Tensor:
+    inputs = {id(term.leaf): term.inputs for term in units.terms}
+    columns = [inputs.get(id(params[name])) for name in block.params]
+    if any(column is None for column in columns) or len(inputs) != len(columns):
+        raise StructureChanged(f"the linear units of {block.name} use other parameters than before")
+    return torch.cat([column for column in columns if column is not None], 1)
+
+
+def total_curvature(
+    contributions: Iterable[tuple[Factor, Tensor]], with_matrix: bool = True
+) -> dict[str, Curvature]:
+    """Sums weighted factors by block."""
+    total: dict[str, Curvature] = {}
+    for factor, weights in contributions:
+        curvature = factor.curvature(weights, with_matrix)
+        before = total.get(factor.block)
+        total[factor.block] = curvature if before is None else before + curvature
+    return total
+
+
+def mix(
+    first: Mapping[str, Curvature], second: Mapping[str, Curvature], share: float
+) -> dict[str, Curvature]:
+    """(1 − share) of the first and `share` of the second, block by block.
+
+    A block that one of them lacks keeps what the other has.
+    """
+    return {
+        name: first[name].mix(second[name], share)
+        if name in first and name in second
+        else (first.get(name) or second[name])
+        for name in first.keys() | second.keys()
+    }

@@ -1,0 +1,55 @@
+"""The errors that pyronat raises on purpose: each names the culprit and the way out."""
+
+from __future__ import annotations
+
+
+class PyronatError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class UnsupportedDistribution(PyronatError):
+    """A site's distribution has no closed-form Fisher information here."""
+
+
+class UnsupportedProgram(PyronatError):
+    """A program uses a construct whose structure or Fisher cannot be computed soundly."""
+
+
+class NotEnumerable(PyronatError):
+    """An exact expectation was asked for, but the parents cannot be enumerated."""
+
+
+class BlockTooLarge(PyronatError):
+    """A dense block would exceed the size that can be formed and factored."""
+
+
+class NotPositiveDefinite(PyronatError):
+    """A block cannot be factored even with jitter."""
+
+
+class StructureChanged(PyronatError):
+    """Sites, families or parameters differ from those the plan was made for."""
+
+
+class StockSVI(PyronatError):
+    """A `NaturalGradient` was given to the stock `pyro.infer.SVI`."""
+
+
+class InvalidData(PyronatError):
+    """Observed data or an argument is not finite, or a batch is empty."""
+
+
+class NonFiniteStep(PyronatError):
+    """Several steps in a row were rejected because a loss or a step was not finite."""
+
+
+class UnassignedParameter(PyronatError):
+    """A parameter belongs to no geometry and no `others` optimizer."""
+
+
+class CheckpointMismatch(PyronatError):
+    """An optimizer state does not fit the optimizer or the program it is loaded into."""
+
+
+class NoGuideOnDreams(PyronatError):
+    """The guide cannot be run on simulated data."""

@@ -1,0 +1,237 @@
+"""Which expectation over a site's parents: dreams, posterior samples, or enumerated states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyronat.curvature import Curvature, Factor, Plan, observe, total_curvature
+from pyronat.errors import InvalidData, UnsupportedProgram
+from pyronat.graph import BayesNet
+from pyronat.importance import datum_plates
+from pyronat.tracing import (
+    Program,
+    SiteRecord,
+    dream,
+    enumerate_parents,
+    importance_traces,
+    params_of,
+    records_of,
+    scored_records_of,
+)
+
+
+def dream_curvature(
+    program: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    plan: Plan,
+    num_runs: int = 1,
+) -> dict[str, Curvature]:
+    """Fisher information with parents from the program itself, x_pa ~ p.
+
+    Args:
+        program: model or guide; observed sites are sampled.
+        args: its arguments, which give plate sizes.
+        kwargs: its keyword arguments.
+        plan: the plan of the program.
+        num_runs: independent runs to average; a run has one dream for each plate element.
+
+    Returns:
+        Curvature by block name.
+    """
+    contributions = []
+    for _ in range(num_runs):
+        run = dream(program, args, kwargs)
+        for factor in observe(run.records, plan, run.params):
+            contributions.append((factor, factor.record.base_weights() / num_runs))
+    return total_curvature(contributions)
+
+
+def exact_curvature(
+    program: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    plan: Plan,
+    net: BayesNet,
+) -> dict[str, Curvature]:
+    """Fisher information with all values of the discrete parents, weighted by probability.
+
+    Sites that no site depends on are integrated by their families, so they may be continuous.
+
+    Args:
+        program: model or guide.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        plan: the plan of the program.
+        net: its network, which says who is a parent.
+
+    Returns:
+        Curvature by block name.
+    """
+    parents = frozenset(site.name for site in net.sites if net.children(site.name))
+    check_simulable(net)
+    contributions = []
+    for weighted in enumerate_parents(program, args, kwargs, parents):
+        probabilities, run = weighted.probabilities, weighted.run
+        for factor in observe(run.records, plan, run.params):
+            batch = len(factor.record.distribution.batch_shape)
+            weights = probabilities.reshape(-1, *[1] * (batch - 1)) if batch else probabilities
+            contributions.append((factor, weights * factor.record.base_weights()))
+    return total_curvature(contributions)
+
+
+def posterior_curvature(
+    model: Program,
+    guide: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    plan: Plan,
+    num_particles: int,
+) -> dict[str, Curvature]:
+    """Gauss–Newton-like metric: observed data, hidden parents from the weighted posterior.
+
+    Self-normalized importance weights of guide draws, one set for each datum.
+
+    Args:
+        model: the model, whose blocks are measured.
+        guide: proposes the hidden values.
+        args: arguments of both.
+        kwargs: keyword arguments of both.
+        plan: the plan of the model.
+        num_particles: guide draws.
+
+    Returns:
+        Curvature by block name.
+    """
+    factors: list[list[Factor]] = []
+    log_weights: list[Tensor] = []
+    for _ in range(num_particles):
+        traces = importance_traces(model, guide, args, kwargs, float("inf"))
+        p, q = map(scored_records_of, traces)
+        plates = datum_plates([*p, *q])
+        log_weights.append((plates.log_prob(p) - plates.log_prob(q)).detach())
+        factors.append(observe(records_of(traces[0]), plan, params_of(traces[0])))
+    weights = torch.stack(log_weights).softmax(0)
+    return total_curvature(
+        (factor, plates.spread(weight, factor.record))
+        for weight, some in zip(weights, factors, strict=True)
+        for factor in some
+    )
+
+
+def check_simulable(net: BayesNet) -> None:
+    """Refuses programs whose sites read observed data instead of sampled values.
+
+    Args:
+        net: the analyzed program.
+
+    Raises:
+        UnsupportedProgram: naming the site and what it reads.
+    """
+    for site in net.sites:
+        if site.reads_data:
+            read = ", ".join(site.reads_data)
+            raise UnsupportedProgram(
+                f"site {site.name!r} reads the data of {read} from the program's arguments, so the "
+                "program cannot be run on simulated values; use the value that pyro.sample returns, "
+                "or choose Full(expectation='posterior')"
+            )
+
+
+class LossObserver:
+    """Measures curvature from the traces that a loss makes anyway.
+
+    Weights of model sites are −∂loss/∂log p, elementwise: whatever the loss does with its
+    particles, enumerated values, scales and masks, this is how much each element counts in the
+    model's gradient: normalized importance weights, posterior marginals, or 1 / particles. Weights
+    of guide sites are the guide's own: scale × mask / particles × probability of enumerated values.
+
+    Args:
+        model_plan: plan of the model, or None to measure nothing there.
+        guide_plan: plan of the guide, or None to measure nothing there.
+        num_particles: particles that the loss averages over.
+        wake_share: weight of the guide on observed data, the rest is on simulated data.
+        num_sleep_particles: simulated data sets that the loss averages over.
+        guide_matrix: whether the guide's matrices are wanted.
+    """
+
+    def __init__(
+        self,
+        model_plan: Plan | None,
+        guide_plan: Plan | None,
+        num_particles: int = 1,
+        wake_share: float = 1.0,
+        num_sleep_particles: int = 1,
+        guide_matrix: bool = True,
+    ) -> None:
+        self._model_plan, self._guide_plan = model_plan, guide_plan
+        self._num_particles, self._num_sleep_particles = num_particles, num_sleep_particles
+        self._wake_share, self._guide_matrix = wake_share, guide_matrix
+        self._model: list[tuple[Factor, list[Tensor]]] = []
+        self._guide: list[tuple[Factor, Tensor]] = []
+        self.model_sites: tuple[SiteRecord, ...] = ()
+        self.guide_sites: tuple[SiteRecord, ...] = ()
+
+    def wake(self, model: Any, guide: Any) -> None:
+        """Sees a pair of traces on observed data."""
+        self.model_sites, self.guide_sites = records_of(model), records_of(guide)
+        for record in self.model_sites:
+            if record.observed and record.value.numel() == 0:
+                raise InvalidData(f"site {record.name!r} has no data: the batch is empty")
+        if self._model_plan is not None:
+            for factor in observe(self.model_sites, self._model_plan, params_of(model)):
+                self._model.append((factor, _gradient_of(factor.record.log_prob)))
+        if self._guide_plan is not None and self._wake_share > 0:
+            self._see_guide(guide, self._guide_plan, self._wake_share / self._num_particles)
+
+    def sleep(self, guide: Any) -> None:
+        """Sees the guide on simulated data."""
+        if self._guide_plan is not None:
+            share = (1 - self._wake_share) / self._num_sleep_particles
+            self._see_guide(guide, self._guide_plan, share)
+
+    def _see_guide(self, guide: Any, plan: Plan, share: float) -> None:
+        records = records_of(guide)
+        for factor in observe(records, plan, params_of(guide)):
+            weights = _guide_weights(factor.record, records)
+            self._guide.append((factor, weights * share))
+
+    def model_curvature(self) -> dict[str, Curvature]:
+        """Curvature of the model's blocks, once the loss has been differentiated."""
+        return total_curvature(
+            (
+                factor,
+                -gradients[0].clamp_max(0)
+                if gradients
+                else factor.record.base_weights() / self._num_particles,
+            )
+            for factor, gradients in self._model
+        )
+
+    def guide_curvature(self) -> dict[str, Curvature]:
+        """Curvature of the guide's blocks."""
+        return total_curvature(self._guide, self._guide_matrix)
+
+
+def _gradient_of(tensor: Tensor | None) -> list[Tensor]:
+    """A list that holds the tensor's gradient once it has been computed."""
+    found: list[Tensor] = []
+    if tensor is not None and tensor.requires_grad:
+        tensor.register_hook(lambda gradient: found.append(gradient.detach()))
+    return found
+
+
+def _guide_weights(record: SiteRecord, records: Sequence[SiteRecord]) -> Tensor:
+    """Scale × mask × probability of the enumerated values that the distribution depends on."""
+    shape = record.distribution.batch_shape
+    weights = record.base_weights()
+    for other in records:
+        dim = other.enumeration_dim
+        depends = dim is not None and len(shape) >= -dim and shape[dim] > 1
+        if depends and other.name != record.name and other.log_prob is not None:
+            weights = weights * other.log_prob.detach().exp()
+    return weights

@@ -1,0 +1,203 @@
+"""Fisher information of distribution families, in coordinates that carry the autograd graph.
+
+A family offers one or more *groups*: sets of coordinates that are Fisher-orthogonal to every
+other group, as loc and scale of a normal distribution are. A coordinate is a tensor of the
+distribution through which its density depends on the parameters; whatever parametrisation the
+user chose, the chain rule through that tensor pulls the Fisher information back to it.
+
+Adding a family is one function and one row of `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributions as dist
+
+from pyronat.errors import UnsupportedDistribution
+
+LOGIT_WEIGHT = 0.25
+"""Largest Fisher weight p (1 - p) of a Bernoulli logit."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Coordinates of a family that are Fisher-orthogonal to its other groups.
+
+    Attributes:
+        name: what the coordinates are called, as in `loc`.
+        coordinates: tensors `[*batch, *event]`, attached to the autograd graph.
+        fisher: E[-Hessian of log p] `[*batch, size, size]`, detached, in nats per squared unit;
+            size is the number of coordinates of one batch element.
+        bound: largest Fisher weight a coordinate can attain, or None where it is unbounded.
+    """
+
+    name: str
+    coordinates: tuple[Tensor, ...]
+    fisher: Tensor
+    bound: Tensor | float | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates of one batch element."""
+        return int(self.fisher.shape[-1])
+
+    @property
+    def scalar(self) -> bool:
+        """Whether one batch element has a single scalar coordinate."""
+        return self.size == 1 and self.coordinates[0].dim() == self.fisher.dim() - 2
+
+
+@dataclass(frozen=True)
+class Peeled:
+    """A base distribution without its wrappers.
+
+    Attributes:
+        base: the innermost distribution, of one of the `FAMILIES` or not.
+        mask: product of the masks of `MaskedDistribution` wrappers, or None.
+    """
+
+    base: dist.Distribution
+    mask: Tensor | bool | None
+
+
+def peel(distribution: dist.Distribution) -> Peeled:
+    """Removes `Independent`, `ExpandedDistribution` and `MaskedDistribution`."""
+    mask: Tensor | bool | None = None
+    while True:
+        kind = type(distribution).__name__
+        if kind == "MaskedDistribution":
+            own = distribution._mask
+            mask = own if mask is None else mask & own
+        elif kind not in {"Independent", "ExpandedDistribution"}:
+            return Peeled(distribution, mask)
+        distribution = distribution.base_dist
+
+
+def family_of(distribution: dist.Distribution) -> type | None:
+    """The row of `FAMILIES` a peeled distribution belongs to, or None.
+
+    A subclass from outside torch and Pyro may change the density, so it has no family.
+    """
+    kinds = type(distribution).__mro__
+    first = next(
+        (kind for kind in kinds if kind.__module__.startswith("torch.distributions")), None
+    )
+    ours = type(distribution).__module__.startswith(("torch.distributions", "pyro.distributions"))
+    return first if ours and first in FAMILIES else None
+
+
+def groups(distribution: dist.Distribution) -> tuple[Group, ...]:
+    """Fisher-orthogonal groups of a peeled distribution.
+
+    Args:
+        distribution: a distribution of one of the `FAMILIES`, wrappers removed.
+
+    Returns:
+        One `Group` per set of coordinates, batch shapes equal to the distribution's.
+
+    Raises:
+        UnsupportedDistribution: for any other family, or when a tensor that the closed form
+            treats as fixed depends on parameters.
+    """
+    family = family_of(distribution)
+    if family is None:
+        names = ", ".join(sorted(kind.__name__ for kind in FAMILIES))
+        raise UnsupportedDistribution(
+            f"{type(distribution).__name__} has no closed-form Fisher information; "
+            f"supported families: {names}"
+        )
+    function, fixed = FAMILIES[family]
+    for name in fixed:
+        if getattr(getattr(distribution, name), "requires_grad", False):
+            raise UnsupportedDistribution(
+                f"{name} of {family.__name__} depends on parameters, "
+                "but the closed form treats it as fixed"
+            )
+    return function(distribution)
+
+
+def _diagonal(*weights: Tensor) -> Tensor:
+    return torch.diag_embed(torch.stack(torch.broadcast_tensors(*weights), -1)).detach()
+
+
+def _bernoulli(d: dist.Bernoulli) -> tuple[Group, ...]:
+    p = d.probs
+    return (Group("logits", (d.logits,), _diagonal(p * (1 - p)), LOGIT_WEIGHT),)
+
+
+def _binomial(d: dist.Binomial) -> tuple[Group, ...]:
+    p, n = d.probs, d.total_count
+    return (Group("logits", (d.logits,), _diagonal(n * p * (1 - p)), LOGIT_WEIGHT * n.detach()),)
+
+
+def _categorical(d: dist.Categorical | dist.OneHotCategorical) -> tuple[Group, ...]:
+    p = d.probs.detach()
+    fisher = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    return (Group("logits", (d.logits,), fisher, LOGIT_WEIGHT),)
+
+
+def _location_scale(d: dist.Normal | dist.LogNormal) -> tuple[Group, ...]:
+    precision = d.scale**-2
+    return (
+        Group("loc", (d.loc,), _diagonal(precision)),
+        Group("scale", (d.scale,), _diagonal(2 * precision)),
+    )
+
+
+def _poisson(d: dist.Poisson) -> tuple[Group, ...]:
+    return (Group("rate", (d.rate,), _diagonal(1 / d.rate)),)
+
+
+def _exponential(d: dist.Exponential) -> tuple[Group, ...]:
+    return (Group("rate", (d.rate,), _diagonal(d.rate**-2)),)
+
+
+def _gamma(d: dist.Gamma) -> tuple[Group, ...]:
+    a, b = d.concentration.detach(), d.rate.detach()
+    rows = [torch.polygamma(1, a), -1 / b, -1 / b, a / b**2]
+    fisher = torch.stack(torch.broadcast_tensors(*rows), -1).unflatten(-1, (2, 2))
+    return (Group("concentration, rate", (d.concentration, d.rate), fisher),)
+
+
+def _beta(d: dist.Beta) -> tuple[Group, ...]:
+    a = torch.stack([d.concentration1, d.concentration0], -1).detach()
+    total = torch.polygamma(1, a.sum(-1))[..., None, None]
+    fisher = torch.diag_embed(torch.polygamma(1, a)) - total
+    coordinates = (d.concentration1, d.concentration0)
+    return (Group("concentration1, concentration0", coordinates, fisher),)
+
+
+def _multivariate_normal(d: dist.MultivariateNormal) -> tuple[Group, ...]:
+    """Loc, and the Cholesky factor L of the covariance, F_(ij)(kl) = Li_li Li_jk + P_ik δ_jl."""
+    factor = d._unbroadcasted_scale_tril.expand(*d.batch_shape, *d.event_shape, *d.event_shape)
+    size = factor.shape[-1]
+    eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor.detach(), eye.expand_as(factor), upper=False)
+    precision = inverse.mT @ inverse
+    fisher = torch.einsum("...li,...jk->...ijkl", inverse, inverse)
+    fisher = fisher + torch.einsum("...ik,jl->...ijkl", precision, eye)
+    lower = torch.ones_like(eye).tril()
+    fisher = fisher * lower[:, :, None, None] * lower
+    fisher = fisher.flatten(-4, -3).flatten(-2, -1)
+    return Group("loc", (d.loc,), precision), Group("scale_tril", (factor,), fisher)
+
+
+FAMILIES: dict[type, tuple[Callable[..., tuple[Group, ...]], tuple[str, ...]]] = {
+    dist.Bernoulli: (_bernoulli, ()),
+    dist.Beta: (_beta, ()),
+    dist.Binomial: (_binomial, ("total_count",)),
+    dist.Categorical: (_categorical, ()),
+    dist.Exponential: (_exponential, ()),
+    dist.Gamma: (_gamma, ()),
+    dist.LogNormal: (_location_scale, ()),
+    dist.MultivariateNormal: (_multivariate_normal, ()),
+    dist.Normal: (_location_scale, ()),
+    dist.OneHotCategorical: (_categorical, ()),
+    dist.OneHotCategoricalStraightThrough: (_categorical, ()),
+    dist.Poisson: (_poisson, ()),
+}
+"""Family → (groups, names of the tensors that the closed form treats as fixed)."""

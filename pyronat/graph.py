@@ -1,0 +1,273 @@
+"""The Bayesian network of a program: sites, parents, parameter blocks, districts.
+
+Static, hashable structure on networkx; no tensor, no torch, no Pyro.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import Any, Literal
+
+import networkx as nx
+
+
+@dataclass(frozen=True)
+class Site:
+    """A random variable of the network: one Pyro sample site, often a layer of units.
+
+    Attributes:
+        name: the site's name.
+        kind: "latent", or "observed".
+        family: name of the innermost distribution.
+        plates: names of the plates around the site, outermost first.
+        shape: shape of the value in the analyzed run, `(*batch, *event)`.
+        event_dim: number of event dimensions of the value.
+        params: names of the parameters that the distribution depends on, other sites held fixed.
+        reads_data: observed sites whose data the distribution reads from the program's arguments,
+            not from the site's value; such a program cannot be run on simulated data.
+    """
+
+    name: str
+    kind: Literal["latent", "observed"]
+    family: str
+    plates: tuple[str, ...]
+    shape: tuple[int, ...]
+    event_dim: int
+    params: tuple[str, ...]
+    reads_data: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A dependence of one site's distribution on another site's value.
+
+    Attributes:
+        parent: name of the site whose value is read.
+        child: name of the site whose distribution depends on it.
+        kind: "data" where tensors carry the value, "control" where Python does.
+    """
+
+    parent: str
+    child: str
+    kind: Literal["data", "control"]
+
+
+@dataclass(frozen=True)
+class ParamBlock:
+    """Parameter entries whose Fisher information is orthogonal to that of all others.
+
+    Attributes:
+        params: parameter names, sorted.
+        sites: sites whose Fisher information is summed in the block, in program order.
+        structure: "unit": `count` independent blocks, each of the entries of one unit (a row of
+            every parameter); "dense": one block over all entries.
+        count: number of independent blocks.
+        size: number of entries in each.
+        exact: whether the Fisher information is a closed form rather than an approximation.
+        transposed: for each parameter, whether its units are columns rather than rows.
+        factors: the (site, group of coordinates) pairs that the block is summed over.
+        plates: names of the plates common to all sites.
+    """
+
+    params: tuple[str, ...]
+    sites: tuple[str, ...]
+    structure: Literal["unit", "dense", "kronecker", "diagonal"]
+    count: int
+    size: int
+    exact: bool
+    transposed: tuple[bool, ...]
+    factors: tuple[tuple[str, str], ...]
+    plates: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The parameter names, joined."""
+        return ", ".join(self.params)
+
+
+@dataclass(frozen=True)
+class District:
+    """Families linked by shared hidden variables; the visible metric is block diagonal over them.
+
+    Attributes:
+        sites: members, sorted.
+        hidden: the latent ones among the members.
+        params: parameters of the members, sorted.
+    """
+
+    sites: tuple[str, ...]
+    hidden: tuple[str, ...]
+    params: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BayesNet:
+    """Structure of a Pyro program as a Bayesian network.
+
+    Attributes:
+        sites: in program order.
+        edges: parent → child.
+        blocks: blocks of the full-system Fisher information, sorted by parameter names.
+        without_fisher: (parameter, reason) of those that belong to no block.
+        guide: the network of the guide, or None.
+    """
+
+    sites: tuple[Site, ...]
+    edges: tuple[Edge, ...]
+    blocks: tuple[ParamBlock, ...]
+    without_fisher: tuple[tuple[str, str], ...] = ()
+    guide: BayesNet | None = None
+
+    @cached_property
+    def graph(self) -> nx.DiGraph:
+        """The sites as a `networkx.DiGraph` with their attributes; edges carry `kind`."""
+        graph = nx.DiGraph()
+        for site in self.sites:
+            attributes = asdict(site)
+            graph.add_node(attributes.pop("name"), **attributes)
+        graph.add_edges_from((edge.parent, edge.child, {"kind": edge.kind}) for edge in self.edges)
+        return graph
+
+    @cached_property
+    def params(self) -> tuple[str, ...]:
+        """All parameter names of the program, sorted."""
+        owned = {name for block in self.blocks for name in block.params}
+        return tuple(sorted(owned | {name for name, _ in self.without_fisher}))
+
+    def parents(self, site: str) -> frozenset[str]:
+        """Sites that the distribution of a site reads."""
+        return frozenset(self.graph.predecessors(site))
+
+    def children(self, site: str) -> frozenset[str]:
+        """Sites whose distributions read a site."""
+        return frozenset(self.graph.successors(site))
+
+    def markov_blanket(self, site: str) -> frozenset[str]:
+        """Parents, children and the children's other parents; given them the site is independent."""
+        children = self.children(site)
+        coparents = (self.parents(child) for child in children)
+        return (self.parents(site) | children).union(*coparents) - {site}
+
+    @cached_property
+    def districts(self) -> tuple[District, ...]:
+        """Connected components of families that share a hidden variable (Tian & Pearl 2002)."""
+        links = nx.Graph()
+        links.add_nodes_from(self.graph)
+        for site in self.sites:
+            if site.kind == "latent":
+                links.add_edges_from((site.name, child) for child in self.children(site.name))
+        by_name = {site.name: site for site in self.sites}
+        districts = []
+        for members in nx.connected_components(links):
+            sites = [by_name[name] for name in sorted(members)]
+            districts.append(
+                District(
+                    sites=tuple(site.name for site in sites),
+                    hidden=tuple(site.name for site in sites if site.kind == "latent"),
+                    params=tuple(sorted({name for site in sites for name in site.params})),
+                )
+            )
+        return tuple(sorted(districts, key=lambda district: district.sites))
+
+    def moral_graph(self) -> nx.Graph:
+        """The undirected graph that marries the parents of every site."""
+        moral = self.graph.to_undirected()
+        for site in self.graph:
+            moral.add_edges_from(combinations(self.parents(site), 2))
+        return moral
+
+    def to_json(self) -> str:
+        """The structure as JSON text, with stable order."""
+        return json.dumps(self._as_dict(), indent=2)
+
+    def _as_dict(self) -> dict[str, Any]:
+        return {
+            "sites": [asdict(site) for site in self.sites],
+            "edges": [asdict(edge) for edge in self.edges],
+            "blocks": [asdict(block) for block in self.blocks],
+            "districts": [asdict(district) for district in self.districts],
+            "without_fisher": [list(entry) for entry in self.without_fisher],
+            "guide": None if self.guide is None else self.guide._as_dict(),
+        }
+
+    def to_dot(self) -> str:
+        """The site graph in the DOT language of Graphviz; observed sites are filled."""
+        lines = ["digraph {", "  node [shape=ellipse];"]
+        for site in self.sites:
+            style = ', style=filled, fillcolor="lightgray"' if site.kind == "observed" else ""
+            label = f"{site.name}\\n{site.family}"
+            lines.append(f"  {json.dumps(site.name)} [label={_dot_text(label)}{style}];")
+        for edge in self.edges:
+            style = " [style=dashed]" if edge.kind == "control" else ""
+            lines.append(f"  {json.dumps(edge.parent)} -> {json.dumps(edge.child)}{style};")
+        return "\n".join([*lines, "}"])
+
+    def plot(self, path: str) -> None:
+        """Draws the site graph in layers with matplotlib (extra `zoo`) into a picture file."""
+        from matplotlib.figure import Figure
+
+        positions = self._layered_positions()
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_axis_off()
+        colors = ["lightgray" if site.kind == "observed" else "white" for site in self.sites]
+        nx.draw_networkx(
+            self.graph, positions, ax=axes, node_color=colors, edgecolors="black", node_size=1400
+        )
+        axes.margins(0.2)
+        figure.savefig(path, dpi=150)
+
+    def _layered_positions(self) -> dict[str, tuple[float, float]]:
+        if not nx.is_directed_acyclic_graph(self.graph):
+            return nx.circular_layout(self.graph)  # type: ignore[no-any-return]
+        layers = list(nx.topological_generations(self.graph))
+        return {
+            name: (column - (len(layer) - 1) / 2, -float(row))
+            for row, layer in enumerate(layers)
+            for column, name in enumerate(sorted(layer))
+        }
+
+    def __str__(self) -> str:
+        """A report of sites, blocks and districts, then of the guide."""
+        lines = list(self._report())
+        if self.guide is not None:
+            lines += ["", "Guide", *self.guide._report()]
+        return "\n".join(lines)
+
+    def _report(self) -> Iterator[str]:
+        yield f"Sites ({len(self.sites)})"
+        rows = [("site", "kind", "family", "shape", "plates", "parents", "Markov blanket")]
+        for site in self.sites:
+            parents = ", ".join(sorted(self.parents(site.name)))
+            blanket = ", ".join(sorted(self.markov_blanket(site.name)))
+            plates, shape = ", ".join(site.plates), " × ".join(map(str, site.shape))
+            rows.append((site.name, site.kind, site.family, shape, plates, parents, blanket))
+        yield from _table(rows)
+        yield f"Blocks of the full-system Fisher information ({len(self.blocks)})"
+        rows = [("parameters", "sites", "structure", "blocks", "exact")]
+        for block in self.blocks:
+            shape = f"{block.count} of {block.size} × {block.size}"
+            exact = "yes" if block.exact else "no"
+            rows.append((block.name, ", ".join(block.sites), block.structure, shape, exact))
+        yield from _table(rows)
+        for name, reason in self.without_fisher:
+            yield f"  without a Fisher: {name} ({reason})"
+        yield f"Districts ({len(self.districts)})"
+        for district in self.districts:
+            hidden = ", ".join(district.hidden) or "none"
+            yield f"  {', '.join(district.sites)}; hidden: {hidden}"
+
+
+def _dot_text(text: str) -> str:
+    return '"' + text.replace('"', '\\"') + '"'
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  " + "  ".join(map(str.ljust, row, widths)).rstrip()

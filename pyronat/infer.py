@@ -1,0 +1,347 @@
+"""`NaturalSVI`: the imperative shell, and the only writer of parameters."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pyronat.analysis import analyze
+from pyronat.curvature import Curvature, Plan, check_sites, mix
+from pyronat.errors import InvalidData, NonFiniteStep
+from pyronat.expectation import LossObserver, check_simulable, dream_curvature, exact_curvature
+from pyronat.geometry import Full
+from pyronat.graph import BayesNet
+from pyronat.optim import NaturalGradient, Proposal, Role, Side
+from pyronat.tracing import own_random_numbers, params_of, watch_traces
+
+MAX_REJECTED = 3
+"""Rejected steps in a row after which training stops with an error."""
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one step did.
+
+    Attributes:
+        step: number of the step, from 0.
+        loss: in nats.
+        accepted: whether the parameters were changed.
+        lr: learning rate.
+        kl: ½ lr² dᵀGd of the natural blocks in nats, summed over what the loss sums over.
+        grad_norm: Euclidean norm of the gradient of the natural blocks.
+        natural_norm: √(gᵀ(G + λ)⁻¹g) of the natural blocks.
+        cosine: of the angle between gradient and natural gradient.
+        damping: mean λ over units.
+        jitter: largest diagonal added to factor a block, beyond the damping.
+        mixing: share of the full geometry in the metric of the model; 1 for `Full`.
+        ess: mean effective sample size of the importance weights, or None.
+        refreshed: whether curvature was measured.
+        seconds: wall-clock time of the step.
+    """
+
+    step: int
+    loss: float
+    accepted: bool
+    lr: float
+    kl: float
+    grad_norm: float
+    natural_norm: float
+    cosine: float
+    damping: float
+    jitter: float
+    mixing: float
+    ess: float | None
+    refreshed: bool
+    seconds: float
+
+
+class NaturalSVI:
+    """Stochastic variational inference with natural gradients; mirrors `pyro.infer.SVI`.
+
+    A step that is not finite is rejected: parameters and optimizer stay as they were.
+
+    Args:
+        model: a Pyro model.
+        guide: its guide.
+        optim: a `NaturalGradient`.
+        loss: a Pyro ELBO that makes traces, or `pyronat.ReweightedWakeSleep`.
+
+    Raises:
+        TypeError: if `optim` is not a `NaturalGradient`.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(x):
+        ...     loc = pyro.param("loc", torch.tensor(0.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        >>> pyro.clear_param_store()
+        >>> optim = NaturalGradient(lr=1.0, geometry=Full("posterior"), damping=lambda g, a, lr: 0 * g)
+        >>> svi = NaturalSVI(model, lambda x: None, optim)
+        >>> _ = svi.step(torch.tensor([1.0, 2.0, 6.0]))
+        >>> round(pyro.param("loc").item(), 4)
+        3.0
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: NaturalGradient,
+        loss: ELBO | None = None,
+    ) -> None:
+        if not isinstance(optim, NaturalGradient):
+            raise TypeError(
+                f"optim must be a pyronat.NaturalGradient, not {type(optim).__name__}; "
+                "pass other optimizers as NaturalGradient(others=...)"
+            )
+        self.model, self.guide, self.optim = model, guide, optim
+        self.loss = Trace_ELBO() if loss is None else loss
+        self.net: BayesNet | None = None
+        self.info: StepInfo | None = None
+        self._rejected = 0
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """Estimate of the loss in nats; nothing is changed."""
+        with torch.no_grad():
+            return float(self.loss.loss(self.model, self.guide, *args, **kwargs))
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Takes one step on the loss of model and guide.
+
+        Args:
+            *args: arguments of model and guide.
+            **kwargs: keyword arguments of model and guide.
+
+        Returns:
+            The loss before the step, in nats.
+
+        Raises:
+            InvalidData: if a tensor among the arguments or an observed value is not finite.
+            NonFiniteStep: after three rejected steps in a row.
+        """
+        start = time.perf_counter()
+        if self.net is None:
+            self._analyze(args, kwargs)
+        optim = self.optim
+        refresh = optim.refresh_due
+        observer = self._observer(refresh)
+        with self._gradients(observer, args, kwargs) as (loss, params, gradients):
+            sides: Mapping[Role, Side] = optim.sides
+            proposal = None
+            if math.isfinite(loss) and _all_finite(gradients.values()):
+                if refresh:
+                    sides = optim.refreshed(self._curvature(observer, args, kwargs))
+                proposal = optim.propose(sides, gradients)
+            accepted = proposal is not None and self._apply(proposal, params)
+        info = self._describe(loss, accepted, sides, proposal, refresh, start)
+        if accepted and proposal is not None:
+            optim.commit(sides, proposal)
+        self.info = info
+        self._count_rejections(accepted, observer, info)
+        return loss
+
+    def _analyze(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        net = analyze(self.model, *args, guide=self.guide, **kwargs)
+        with torch.random.fork_rng(), poutine.block(), torch.no_grad():
+            params = {}
+            for program in (self.guide, self.model):
+                trace = poutine.trace(program).get_trace(*args, **kwargs)
+                params.update(params_of(trace))
+        self.optim.bind(net, params)
+        for role, side in self.optim.sides.items():
+            if role == "model" and {"dreams", "exact"} & side.geometry.sources.keys():
+                check_simulable(net)
+        self.net = net
+
+    def _observer(self, refresh: bool) -> LossObserver:
+        sides = self.optim.sides
+        model, guide = sides["model"], sides.get("guide")
+        wanted: Plan | None = None
+        if "posterior" in model.geometry.sources or not model.natural:
+            wanted = model.plan
+        return LossObserver(
+            wanted if refresh else None,
+            guide.plan if refresh and guide is not None and guide.plan.blocks else None,
+            num_particles=self.loss.num_particles,
+            wake_share=getattr(self.loss, "insomnia", 1.0),
+            num_sleep_particles=getattr(self.loss, "num_sleep_particles", 1),
+            guide_matrix=guide is not None and guide.natural,
+        )
+
+    @contextmanager
+    def _gradients(
+        self, observer: LossObserver, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Iterator[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
+        """Loss, parameters and gradients of one backward pass; gradients are cleared at the end."""
+        params: dict[str, Tensor] = {}
+        with poutine.trace(param_only=True) as capture:
+            try:
+                try:
+                    with watch_traces(self.loss, observer):
+                        loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
+                finally:
+                    params = params_of(capture.trace)
+                self._check_programs(observer)
+                gradients = {
+                    name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                    for name, leaf in params.items()
+                }
+                yield float(loss[0] if isinstance(loss, tuple) else loss), params, gradients
+            except (ValueError, RuntimeError) as error:
+                if _has_nan((args, kwargs)):
+                    raise InvalidData(f"an argument holds NaN: {error}") from error
+                raise
+            finally:
+                for leaf in params.values():
+                    leaf.grad = None
+
+    def _check_programs(self, observer: LossObserver) -> None:
+        check_sites(observer.model_sites, self.optim.sides["model"].plan)
+        if "guide" in self.optim.sides:
+            check_sites(observer.guide_sites, self.optim.sides["guide"].plan)
+
+    def _curvature(
+        self, observer: LossObserver, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> dict[Role, dict[str, Curvature]]:
+        """New estimates of the curvature of both sides."""
+        sides = self.optim.sides
+        model = sides["model"]
+        found: dict[Role, dict[str, Curvature]] = {}
+        parts: list[tuple[float, dict[str, Curvature]]] = []
+        with own_random_numbers(_mixed(self.optim.seed, self.optim.step_count)):
+            for source, share in model.geometry.sources.items():
+                if source == "dreams":
+                    runs = model.geometry.num_runs if isinstance(model.geometry, Full) else 1
+                    part = dream_curvature(self.model, args, kwargs, model.plan, runs)
+                elif source == "exact":
+                    part = exact_curvature(self.model, args, kwargs, model.plan, model.net)
+                else:
+                    part = observer.model_curvature()
+                parts.append((share, part))
+            if not model.natural:
+                parts.append((1.0, observer.model_curvature()))
+            found["model"] = _weighted(parts)
+            guide = sides.get("guide")
+            if guide is not None and guide.plan.blocks:
+                if "exact" in guide.geometry.sources:
+                    found["guide"] = exact_curvature(
+                        self.guide, args, kwargs, guide.plan, guide.net
+                    )
+                else:
+                    found["guide"] = observer.guide_curvature()
+        return found
+
+    def _apply(self, proposal: Proposal, params: Mapping[str, Tensor]) -> bool:
+        """Changes all parameters, or none if anything is not finite."""
+        if not _all_finite(proposal.changes.values()):
+            return False
+        kinds = self.optim.assignment(list(params))
+        others = {name: params[name] for name, kind in kinds.items() if kind == "others"}
+        moved = {name: leaf for name, leaf in others.items() if leaf.requires_grad}
+        with torch.no_grad():
+            before = {name: leaf.clone() for name, leaf in moved.items()}
+        if moved:
+            optimizer = self.optim.other_optimizer()
+            snapshot = optimizer.get_state() if optimizer.optim_objs else None
+            optimizer([moved[name] for name in sorted(moved)])
+            if not _all_finite(moved.values()):
+                with torch.no_grad():
+                    for name, leaf in moved.items():
+                        leaf.copy_(before[name])
+                optimizer.optim_objs.clear()
+                if snapshot is not None:
+                    optimizer.set_state(snapshot)
+                return False
+        with torch.no_grad():
+            for name, change in proposal.changes.items():
+                params[name].add_(change)
+        return True
+
+    def _describe(
+        self,
+        loss: float,
+        accepted: bool,
+        sides: Mapping[Role, Side],
+        proposal: Proposal | None,
+        refreshed: bool,
+        start: float,
+    ) -> StepInfo:
+        names = ("kl", "grad_norm", "natural_norm", "cosine", "damping")
+        values = [math.nan] * len(names)
+        if proposal is not None:
+            values = torch.stack([proposal.scalars[name] for name in names]).tolist()
+        jitter = max(
+            (block.factor.jitter for side in sides.values() for block in side.solved.values()),
+            default=0.0,
+        )
+        ess = getattr(self.loss, "ess", None)
+        return StepInfo(
+            step=self.optim.step_count,
+            loss=loss,
+            accepted=accepted,
+            lr=self.optim.lr(self.optim.step_count),
+            **dict(zip(names, values, strict=True)),
+            jitter=jitter,
+            mixing=1.0,
+            ess=None if ess is None else float(ess),
+            refreshed=refreshed,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _count_rejections(self, accepted: bool, observer: LossObserver, info: StepInfo) -> None:
+        if accepted:
+            self._rejected = 0
+            return
+        self._rejected += 1
+        for record in observer.model_sites:
+            if record.observed and bool(torch.isnan(record.value).any()):
+                raise InvalidData(
+                    f"the data of site {record.name!r} hold NaN; the step was not taken. Mask "
+                    "missing values with poutine.mask, and replace them by any number"
+                )
+        if self._rejected >= MAX_REJECTED:
+            raise NonFiniteStep(
+                f"{self._rejected} steps in a row were not finite (loss {info.loss}); parameters "
+                "and optimizer are those of the last good step. Lower lr or raise the damping"
+            )
+
+
+def _weighted(parts: Sequence[tuple[float, dict[str, Curvature]]]) -> dict[str, Curvature]:
+    """Mean of curvatures with shares that sum to 1."""
+    total, mean = parts[0]
+    for share, part in parts[1:]:
+        total += share
+        mean = mix(mean, part, share / total)
+    return mean
+
+
+def _mixed(seed: int, step: int) -> int:
+    """A seed for each step, far from the small ones that users choose."""
+    return (seed * 1_000_003 + step * 7_919 + 0x9E3779B9) % 2**31
+
+
+def _all_finite(tensors: Any) -> bool:
+    """Whether all entries are finite, with one transfer from the device."""
+    sums = [tensor.detach().sum() for tensor in tensors]
+    if not sums:
+        return True
+    first = sums[0]
+    return bool(torch.isfinite(torch.stack([part.to(first) for part in sums])).all())
+
+
+def _has_nan(arguments: Any) -> bool:
+    return any(
+        isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(torch.isnan(leaf).any())
+        for leaf in tree_leaves(arguments)
+    )

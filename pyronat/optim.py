@@ -1,0 +1,467 @@
+"""`NaturalGradient`: state and step rule of one joint step over named parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NoReturn, TypeAlias
+
+import pyro.optim
+import torch
+from torch import Tensor
+
+from pyronat.curvature import Curvature, Plan, make_plan, mix
+from pyronat.errors import (
+    CheckpointMismatch,
+    PyronatError,
+    StockSVI,
+    UnassignedParameter,
+)
+from pyronat.geometry import Euclidean, Full, Geometry
+from pyronat.graph import BayesNet
+from pyronat.operators import BlockMatrix, CholeskyFactor, cholesky
+from pyronat.steps import (
+    Constant,
+    Damping,
+    KLTrustRegion,
+    LeverageDamping,
+    ReachScaledAdam,
+    RunningAverage,
+    Schedule,
+)
+
+Role: TypeAlias = Literal["model", "guide"]
+
+STATE_FORMAT = 1
+CONTINUOUS = frozenset({
+    "Normal",
+    "LogNormal",
+    "MultivariateNormal",
+    "Gamma",
+    "Beta",
+    "Exponential",
+})
+"""Families whose guides default to the natural gradient: their draws are reparametrized."""
+
+
+@dataclass(frozen=True)
+class SolvedBlock:
+    """A damped block, factored.
+
+    Attributes:
+        damping: λ `[count]` at the refresh that factored it.
+        factor: Cholesky factor of G + λ I.
+    """
+
+    damping: Tensor
+    factor: CholeskyFactor
+
+
+@dataclass(frozen=True)
+class Side:
+    """Curvature of one program: what the metric is, and its running average.
+
+    Attributes:
+        role: "model" or "guide".
+        geometry: its metric.
+        net: its structure.
+        plan: the blocks that are measured.
+        refreshes: how often the average was refreshed.
+        average: running average of the curvature by block.
+        solved: damped factors by block, of a natural geometry.
+    """
+
+    role: Role
+    geometry: Geometry
+    net: BayesNet
+    plan: Plan
+    refreshes: int = 0
+    average: Mapping[str, Curvature] = field(default_factory=dict)
+    solved: Mapping[str, SolvedBlock] = field(default_factory=dict)
+
+    @property
+    def natural(self) -> bool:
+        """Whether the side has a metric."""
+        return bool(self.geometry.sources)
+
+    def refreshed(
+        self, curvature: Mapping[str, Curvature], rule: RunningAverage, damping: Damping, lr: float
+    ) -> Side:
+        """This side with a new estimate of the curvature averaged in."""
+        share = rule.share(self.refreshes)
+        average = mix(self.average, curvature, share) if self.average else dict(curvature)
+        side = replace(self, refreshes=self.refreshes + 1, average=average)
+        return side.factored(damping, lr) if self.natural else side
+
+    def factored(self, damping: Damping, lr: float) -> Side:
+        """This side with its blocks damped at a learning rate and factored."""
+        solved = {}
+        for name, curvature in self.average.items():
+            assert curvature.matrix is not None
+            diagonal = BlockMatrix(curvature.matrix).mean_diagonal()
+            strength = damping(diagonal, curvature.leverage, lr).expand(diagonal.shape)
+            solved[name] = self._solve(name, curvature.matrix, strength)
+        return replace(self, solved=solved)
+
+    def _solve(self, name: str, matrix: Tensor, damping: Tensor) -> SolvedBlock:
+        try:
+            return SolvedBlock(damping, cholesky(matrix, damping))
+        except PyronatError as error:
+            raise type(error)(f"block of {name}: {error}") from error
+
+    def reach(self) -> dict[str, Tensor]:
+        """Reach of every parameter entry, by parameter name."""
+        reach = {}
+        for name, curvature in self.average.items():
+            layout = self.plan.layouts[name]
+            size = self.plan.blocks[name].size
+            reach.update(layout.unpack(curvature.reach.unsqueeze(1).expand(-1, size)))
+        return reach
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A step that has been computed but not taken.
+
+    Attributes:
+        changes: what to add to each parameter of a geometry or of the scaled Adam.
+        moments: new states of the scaled Adam, by parameter.
+        scalars: kl, grad_norm, natural_norm, cosine and damping, as 0-d tensors.
+    """
+
+    changes: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    scalars: dict[str, Tensor]
+
+
+class NaturalGradient(pyro.optim.PyroOptim):  # type: ignore[misc]
+    """Natural gradient on the blocks of a Bayesian network, for `pyronat.NaturalSVI`.
+
+    One step moves all parameters at once. A block with Fisher information G moves by
+    −lr (G + λ)⁻¹ ∇; λ is the damping. Parameters on a Euclidean side, without a Fisher
+    information, or excluded by name go to `others`, with the gradient of the same backward pass.
+
+    Args:
+        lr: learning rate, or a schedule from step number to rate.
+        geometry: metric of the model.
+        guide_geometry: metric of the guide. By default `Full()` if all its sites are of a
+            reparametrized continuous family, else `Euclidean()`: the gradient of an amortized
+            discrete guide is too noisy for a natural step.
+        damping: rule for λ.
+        trust_region: bound on the divergence of a step.
+        curvature: how curvature is averaged over steps and how often it is measured.
+        others: a Pyro optimizer for all parameters without a metric. By default those of a
+            Euclidean side take steps of `steps.ReachScaledAdam`, and those without a Fisher
+            information of Adam with rate 1e-3.
+        exclude: names or patterns (`"encoder*"`) of parameters to leave to `others`.
+        seed: seed of the dreams, which never touch the random numbers of the training.
+
+    Example:
+        >>> optim = NaturalGradient(lr=0.1, geometry=Full(expectation="model"))
+    """
+
+    def __init__(
+        self,
+        lr: float | Schedule = 0.1,
+        geometry: Geometry | None = None,
+        guide_geometry: Geometry | None = None,
+        damping: Damping | None = None,
+        trust_region: KLTrustRegion | None = None,
+        curvature: RunningAverage | None = None,
+        others: pyro.optim.PyroOptim | None = None,
+        exclude: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(_refuse, {})
+        self.lr: Schedule = lr if callable(lr) else Constant(lr)
+        self.geometry = Full() if geometry is None else geometry
+        self.guide_geometry = guide_geometry
+        self.damping: Damping = LeverageDamping() if damping is None else damping
+        self.trust_region = trust_region or KLTrustRegion()
+        self.curvature = curvature or RunningAverage()
+        self.others = others
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.seed = seed
+        self.step_count = 0
+        self.sides: dict[Role, Side] = {}
+        self.scaled_adam = ReachScaledAdam()
+        self._plain = pyro.optim.Adam({"lr": 1e-3})
+        self._moments: dict[str, dict[str, Tensor]] = {}
+        self._pending: dict[str, Any] | None = None
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses the stock `pyro.infer.SVI`, which gives an optimizer no model.
+
+        Args:
+            params: ignored.
+            *args: ignored.
+            **kwargs: ignored.
+
+        Raises:
+            StockSVI: always.
+        """
+        _refuse()
+
+    # Structure
+
+    @property
+    def bound(self) -> bool:
+        """Whether the optimizer knows its program."""
+        return bool(self.sides)
+
+    def bind(self, net: BayesNet, params: Mapping[str, Tensor]) -> None:
+        """Plans the curvature of an analyzed program.
+
+        Args:
+            net: the model's network, with the guide's.
+            params: unconstrained leaves of both by name.
+
+        Raises:
+            UnassignedParameter: if model and guide share a parameter.
+        """
+        excluded = {name for name in params if any(fnmatchcase(name, p) for p in self.exclude)}
+        nets: dict[Role, BayesNet] = {"model": net}
+        if net.guide is not None:
+            nets["guide"] = net.guide
+            shared = (set(net.params) & set(net.guide.params)) - excluded
+            if shared:
+                raise UnassignedParameter(
+                    f"{', '.join(sorted(shared))} is used by model and guide, which have separate "
+                    "geometries; leave it to another optimizer with exclude=[...]"
+                )
+        sides = {}
+        for role, own in nets.items():
+            geometry = self.geometry if role == "model" else self._guide_geometry(own)
+            plan = make_plan(own, params, excluded, dense=bool(geometry.sources))
+            sides[role] = Side(role, geometry, own, plan)
+        self.sides = sides
+        if self._pending is not None:
+            self._restore(self._pending)
+            self._pending = None
+
+    def _guide_geometry(self, net: BayesNet) -> Geometry:
+        if self.guide_geometry is not None:
+            return self.guide_geometry
+        suits = all(site.family in CONTINUOUS for site in net.sites) and all(
+            block.exact and (block.structure == "unit" or block.size <= 1024)
+            for block in net.blocks
+        )
+        return Full() if suits else Euclidean()
+
+    def assignment(self, names: Sequence[str]) -> dict[str, str]:
+        """Who moves each parameter: "natural", "scaled" (Adam by reach) or "others"."""
+        owners = {}
+        for side in self.sides.values():
+            kind = "natural" if side.natural else "others" if self.others else "scaled"
+            owners.update(dict.fromkeys(side.plan.owner(), kind))
+        return {name: owners.get(name, "others") for name in names}
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether this step measures curvature."""
+        empty = any(side.plan.blocks and not side.average for side in self.sides.values())
+        return empty or self.step_count % self.curvature.refresh == 0
+
+    # One step, computed without side effects
+
+    def refreshed(self, curvature: Mapping[Role, Mapping[str, Curvature]]) -> dict[Role, Side]:
+        """The sides with new estimates averaged in; the optimizer's own are not changed."""
+        lr = self.lr(self.step_count)
+        return {
+            role: side.refreshed(curvature[role], self.curvature, self.damping, lr)
+            if role in curvature
+            else side
+            for role, side in self.sides.items()
+        }
+
+    def propose(self, sides: Mapping[Role, Side], gradients: Mapping[str, Tensor]) -> Proposal:
+        """Computes a step.
+
+        Args:
+            sides: curvature to use.
+            gradients: by parameter name, of all parameters.
+
+        Returns:
+            The step; nothing has been changed.
+        """
+        lr = self.lr(self.step_count)
+        directions: dict[str, Tensor] = {}
+        products: list[Tensor] = []
+        for side in sides.values():
+            if side.natural:
+                found, terms = _natural_directions(side, gradients)
+                directions.update(found)
+                products += terms
+        scalars = _scalars(products, lr)
+        factor = self.trust_region.factor(scalars["kl"])
+        scalars["kl"] = scalars["kl"] * factor**2
+        changes = {name: -lr * factor * vector for name, vector in directions.items()}
+        moments = {}
+        kinds = self.assignment(list(gradients))
+        for side in sides.values():
+            for name, reach in side.reach().items() if not side.natural else ():
+                if kinds.get(name) == "scaled":
+                    changes[name], moments[name] = self.scaled_adam.step(
+                        gradients[name], reach, lr, self._moments.get(name)
+                    )
+        return Proposal(changes, moments, scalars)
+
+    def commit(self, sides: Mapping[Role, Side], proposal: Proposal) -> None:
+        """Makes the state of a taken step the optimizer's own."""
+        self.sides = dict(sides)
+        self._moments.update(proposal.moments)
+        self.step_count += 1
+
+    def other_optimizer(self) -> pyro.optim.PyroOptim:
+        """The optimizer of parameters without a metric."""
+        return self.others or self._plain
+
+    # Checkpoints
+
+    def get_state(self) -> dict[str, Any]:
+        """State as plain tensors, numbers, strings, lists and dicts."""
+        if self._pending is not None:
+            return self._pending
+        return {
+            "format": STATE_FORMAT,
+            "step_count": self.step_count,
+            "seed": self.seed,
+            "sides": {role: _side_state(side) for role, side in self.sides.items()},
+            "moments": {name: dict(state) for name, state in self._moments.items()},
+            "others": self.other_optimizer().get_state(),
+        }
+
+    def set_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes a state of `get_state`, at once.
+
+        Args:
+            state_dict: the state.
+
+        Raises:
+            CheckpointMismatch: if it is not a state of this class, or of another program.
+        """
+        state = dict(state_dict)
+        required = {"format", "step_count", "seed", "sides", "moments", "others"}
+        if state.get("format") != STATE_FORMAT or not required <= state.keys():
+            raise CheckpointMismatch(
+                f"this is not a state of NaturalGradient in format {STATE_FORMAT}"
+            )
+        if self.bound:
+            self._restore(state)
+        else:
+            self._pending = state
+            self.step_count, self.seed = state["step_count"], state["seed"]
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        if set(state["sides"]) != set(self.sides):
+            raise CheckpointMismatch(
+                f"the state has sides {sorted(state['sides'])}, the program {sorted(self.sides)}"
+            )
+        sides = {role: _restored(side, state["sides"][role]) for role, side in self.sides.items()}
+        self.step_count, self.seed = state["step_count"], state["seed"]
+        self.sides = sides
+        self._moments = {name: dict(moments) for name, moments in state["moments"].items()}
+        others = self.other_optimizer()
+        others.optim_objs.clear()
+        others.set_state(state["others"])
+
+    def load(self, filename: str, map_location: Any = None) -> None:
+        """Loads what `save` wrote, with `weights_only=True`, and takes it at once."""
+        self.set_state(torch.load(filename, map_location=map_location, weights_only=True))
+
+
+def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
+    raise StockSVI(
+        "NaturalGradient needs the model and the guide, which pyro.infer.SVI does not give to an "
+        "optimizer; use pyronat.NaturalSVI(model, guide, optim, loss) instead"
+    )
+
+
+def _natural_directions(
+    side: Side, gradients: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """D = (G + λ)⁻¹ g by parameter, and (gᵀg, gᵀd, dᵀd, dᵀGd, Σλ, count) of each block."""
+    directions: dict[str, Tensor] = {}
+    products = []
+    for name, solved in side.solved.items():
+        layout = side.plan.layouts[name]
+        gradient = layout.pack(gradients)
+        direction = solved.factor.solve(gradient)
+        inner = (gradient * direction).sum()
+        squares = direction.square().sum(1)
+        # (G + λ) d = g, so dᵀGd needs no product with G.
+        quadratic = inner - (solved.damping * squares).sum()
+        entries = torch.tensor(float(layout.count), dtype=inner.dtype, device=inner.device)
+        products.append(
+            torch.stack([
+                gradient.square().sum(),
+                inner,
+                squares.sum(),
+                quadratic,
+                solved.damping.sum(),
+                entries,
+            ])
+        )
+        directions.update(layout.unpack(direction))
+    return directions, products
+
+
+def _scalars(products: Sequence[Tensor], lr: float) -> dict[str, Tensor]:
+    if not products:
+        zero = torch.zeros(())
+        return dict.fromkeys(("kl", "grad_norm", "natural_norm", "cosine", "damping"), zero)
+    first = products[0]
+    total = torch.stack([product.to(first) for product in products]).sum(0)
+    grad, inner, direction, quadratic, damping, count = total.unbind()
+    tiny = torch.finfo(total.dtype).tiny
+    return {
+        "kl": 0.5 * lr**2 * quadratic.clamp_min(0),
+        "grad_norm": grad.sqrt(),
+        "natural_norm": inner.clamp_min(0).sqrt(),
+        "cosine": inner / (grad * direction).sqrt().clamp_min(tiny),
+        "damping": damping / count,
+    }
+
+
+def _side_state(side: Side) -> dict[str, Any]:
+    return {
+        "families": dict(side.plan.families),
+        "shapes": {
+            name: [list(shape) for shape in layout.shapes]
+            for name, layout in side.plan.layouts.items()
+        },
+        "refreshes": side.refreshes,
+        "average": {
+            name: {key: value for key, value in vars(curvature).items() if value is not None}
+            for name, curvature in side.average.items()
+        },
+        "damping": {name: solved.damping for name, solved in side.solved.items()},
+    }
+
+
+def _restored(side: Side, state: Mapping[str, Any]) -> Side:
+    own = _side_state(side)
+    for key in ("families", "shapes"):
+        if state[key] != own[key]:
+            changed = sorted(
+                name
+                for name in state[key].keys() | own[key].keys()
+                if state[key].get(name) != own[key].get(name)
+            )
+            raise CheckpointMismatch(
+                f"the state is of another program: {key} of {', '.join(changed)} of the {side.role} differ"
+            )
+    if side.natural != bool(state["damping"]) and state["average"]:
+        raise CheckpointMismatch(f"the state is of another geometry of the {side.role}")
+    average = {
+        name: Curvature(values.get("matrix"), values["leverage"], values["reach"])
+        for name, values in state["average"].items()
+    }
+    side = replace(side, refreshes=state["refreshes"], average=average)
+    solved = {}
+    for name, damping in state["damping"].items():
+        matrix = average[name].matrix
+        assert matrix is not None
+        solved[name] = side._solve(name, matrix, damping)
+    return replace(side, solved=solved)

@@ -1,0 +1,204 @@
+"""Step rules as small objects: schedules, damping, trust region, averaging, and scaled Adam."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+Schedule: TypeAlias = Callable[[int], float]
+"""Step number, from 0, → learning rate."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same learning rate at every step."""
+
+    value: float
+
+    def __call__(self, step: int) -> float:
+        """The rate."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class LinearDecay:
+    """lr_t = initial · max(floor, 1 − t / num_steps): for training whose length is known.
+
+    Attributes:
+        initial: rate of the first step.
+        num_steps: steps until the floor is reached.
+        floor: smallest rate, as a share of the initial one.
+    """
+
+    initial: float
+    num_steps: int
+    floor: float = 0.02
+
+    def __call__(self, step: int) -> float:
+        """The rate at a step."""
+        return self.initial * max(self.floor, 1 - step / self.num_steps)
+
+
+@dataclass(frozen=True)
+class InverseTime:
+    """lr_t = max(floor, initial / (1 + t / timescale)), Fisher efficient on streams (Amari 1998).
+
+    Attributes:
+        initial: rate of the first step.
+        timescale: steps after which the rate is halved.
+        floor: smallest rate.
+    """
+
+    initial: float
+    timescale: float
+    floor: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """The rate at a step."""
+        return max(self.floor, self.initial / (1 + step / self.timescale))
+
+
+class Damping(Protocol):
+    """λ of each unit's system (G_u + λ_u I) x_u = g_u."""
+
+    def __call__(self, mean_diagonal: Tensor, leverage: Tensor, lr: float) -> Tensor:
+        """Damping of a block.
+
+        Args:
+            mean_diagonal: mean diagonal of each G_u `[count]`.
+            leverage: w_ref E‖a‖² × scale of each unit `[count]`.
+            lr: current learning rate.
+
+        Returns:
+            λ `[count]`, not negative.
+        """
+
+
+@dataclass(frozen=True)
+class LeverageDamping:
+    """λ_u = relative · mean diag G_u + 4 lr · leverage_u / surprise.
+
+    The second term bounds what one surprising datum does: where a Bernoulli unit is saturated,
+    its Fisher information vanishes, but a datum on the unlikely side still has gradient ‖a‖. A
+    step then moves that datum's own logit by at most about `surprise`. The term shrinks with the
+    learning rate and with the share of one datum in the batch.
+
+    Attributes:
+        relative: share of the mean diagonal.
+        surprise: bound on the logit's move, in nats.
+    """
+
+    relative: float = 0.05
+    surprise: float = 3.0
+
+    def __call__(self, mean_diagonal: Tensor, leverage: Tensor, lr: float) -> Tensor:
+        """λ `[count]`."""
+        return self.relative * mean_diagonal + 4 * lr * leverage / self.surprise
+
+
+@dataclass(frozen=True)
+class ConstantDamping:
+    """λ_u = absolute + relative · mean diag G_u.
+
+    Attributes:
+        absolute: in the units of the loss.
+        relative: share of the mean diagonal.
+    """
+
+    absolute: float
+    relative: float = 0.0
+
+    def __call__(self, mean_diagonal: Tensor, leverage: Tensor, lr: float) -> Tensor:
+        """λ `[count]`."""
+        return self.absolute + self.relative * mean_diagonal
+
+
+@dataclass(frozen=True)
+class KLTrustRegion:
+    """Shrinks a step whose KL divergence ½ lr² dᵀGd exceeds the radius.
+
+    Attributes:
+        radius: largest divergence of a step in nats, in the units of the loss: summed over all
+            data that the loss counts, subsampling included.
+    """
+
+    radius: float = math.inf
+
+    def factor(self, divergence: Tensor) -> Tensor:
+        """Factor on the step, at most 1."""
+        if math.isinf(self.radius):
+            return torch.ones_like(divergence)
+        tiny = torch.finfo(divergence.dtype).tiny
+        return (self.radius / divergence.clamp_min(tiny)).sqrt().clamp_max(1.0)
+
+
+@dataclass(frozen=True)
+class RunningAverage:
+    """Exponential average of curvature over refreshes, unbiased from the first one.
+
+    Attributes:
+        decay: weight of the past at a refresh, once enough refreshes are past.
+        refresh: steps between refreshes.
+    """
+
+    decay: float = 0.8
+    refresh: int = 5
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        if not 0 <= self.decay < 1 or self.refresh < 1:
+            raise ValueError(f"decay must be in [0, 1) and refresh at least 1, not {self}")
+
+    def share(self, count: int) -> float:
+        """Weight of a new estimate after `count` earlier ones."""
+        return max(1 - self.decay, 1 / (count + 1))
+
+
+@dataclass(frozen=True)
+class ReachScaledAdam:
+    """Adam whose step moves a unit's logit by about `logits_per_lr` × lr, whatever its fan-in.
+
+    An Adam step of size α moves a preactivation by at most α‖a‖₁, so α = logits_per_lr · lr /
+    reach, with reach = 2 √w_ref E‖a‖₁ as measured with the curvature.
+
+    Attributes:
+        logits_per_lr: move of a logit per unit of learning rate.
+        betas: decays of the first and second moments.
+        eps: added to the root of the second moment.
+    """
+
+    logits_per_lr: float = 3.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def step(
+        self, gradient: Tensor, reach: Tensor, lr: float, state: dict[str, Tensor] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The change of a parameter and the new state.
+
+        Args:
+            gradient: of any shape.
+            reach: the reach of each entry, same shape.
+            lr: current learning rate.
+            state: moments `first`, `second` and number of steps `count`, or None at the start.
+
+        Returns:
+            Change to add, and new state; the old state is not written to.
+        """
+        first_decay, second_decay = self.betas
+        if state is None:
+            zero = torch.zeros_like(gradient)
+            state = {"first": zero, "second": zero, "count": torch.zeros(())}
+        count = state["count"] + 1
+        first = torch.lerp(state["first"], gradient, 1 - first_decay)
+        second = torch.lerp(state["second"], gradient.square(), 1 - second_decay)
+        steps = int(count)
+        scale = math.sqrt(1 - second_decay**steps) / (1 - first_decay**steps)
+        direction = scale * first / (second.sqrt() + self.eps * math.sqrt(1 - second_decay**steps))
+        rate = self.logits_per_lr * lr / reach.clamp_min(torch.finfo(reach.dtype).tiny)
+        return -rate * direction, {"first": first, "second": second, "count": count}

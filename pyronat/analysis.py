@@ -88,7 +88,7 @@ def _analyze_program(program: Program, args: Sequence[Any], kwargs: Mapping[str,
     names = {id(leaf): name for name, leaf in params.items() if leaf.requires_grad}
     sites = tuple(_site(structure, names) for structure in structures)
     edges = tuple(edge for structure in structures for edge in _edges(structure))
-    factors = [factor for structure in structures for factor in site_factors(structure, names)]
+    factors = [factor for structure in structures for factor in _site_factors(structure, names)]
     order = [site.name for site in sites]
     blocks = _blocks(factors, order, params)
     assigned = {name for block in blocks for name in block.params}
@@ -112,7 +112,7 @@ def _site(structure: SiteStructure, names: Mapping[int, str]) -> Site:
         family=type(peel(record.distribution).base).__name__,
         plates=tuple(plate.name for plate in record.plates),
         shape=tuple(record.value.shape),
-        event_dim=record.distribution.event_dim,
+        event_dim=len(record.distribution.event_shape),
         params=_names(distribution_tensors(record.distribution), names, record.name),
         reads_data=tuple(sorted(structure.data)),
     )
@@ -138,37 +138,25 @@ def _names(tensors: Sequence[Tensor], names: Mapping[int, str], site: str) -> tu
     return tuple(sorted(found))
 
 
-def site_factors(structure: SiteStructure, names: Mapping[int, str]) -> list[_Factor]:
+def _site_factors(structure: SiteStructure, names: Mapping[int, str]) -> list[_Factor]:
     """The groups of coordinates of one site that depend on parameters."""
     record = structure.record
-    base = peel(record.distribution).base
-    common = {"site": record.name, "plates": tuple(plate.name for plate in record.plates)}
+    plates = tuple(plate.name for plate in record.plates)
     try:
-        found = groups(base)
+        found = groups(peel(record.distribution).base)
     except UnsupportedDistribution:
         params = _names(distribution_tensors(record.distribution), names, record.name)
         flags = (False,) * len(params)
-        unknown = _Factor(
-            group=UNKNOWN_FAMILY, params=params, transposed=flags, units=None, exact=False, **common
-        )
+        unknown = _Factor(record.name, UNKNOWN_FAMILY, params, flags, None, False, plates)
         return [unknown] if params else []
     gate = SampleGate([])
     factors = []
     for group in found:
         params = _names(group.coordinates, names, record.name)
-        units = linear_units(group.coordinates[0], gate) if group.scalar else None
         if params:
+            units = linear_units(group.coordinates[0], gate) if group.scalar else None
             flags, count = _unit_structure(units, params, names)
-            factors.append(
-                _Factor(
-                    group=group.name,
-                    params=params,
-                    transposed=flags,
-                    units=count,
-                    exact=True,
-                    **common,
-                )
-            )
+            factors.append(_Factor(record.name, group.name, params, flags, count, True, plates))
     return factors
 
 

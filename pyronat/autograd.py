@@ -6,7 +6,7 @@ is reported as such, and the caller takes the general path, which needs public n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -60,7 +60,7 @@ class SampleGate:
         return torch.zeros_like(gradient) if self._closed else None
 
     @contextmanager
-    def closed(self) -> Iterator[None]:
+    def closed(self) -> Generator[None, None, None]:
         """Within this context no gradient passes a sample value."""
         self._closed = True
         try:

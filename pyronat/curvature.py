@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -240,19 +241,20 @@ def spread_weights(weights: Tensor, distribution: Distribution) -> Tensor:
         `[*base_batch]`: `Independent` copies the weight to the elements it joins,
         `ExpandedDistribution` sums the copies it made, `MaskedDistribution` drops what it hides.
     """
+    inner: Any = distribution
     while True:
-        kind = type(distribution).__name__
+        kind = type(inner).__name__
         if kind == "Independent":
-            dims = distribution.reinterpreted_batch_ndims
+            dims = inner.reinterpreted_batch_ndims
             weights = weights.reshape(*weights.shape, *[1] * dims)
-            weights = weights.expand(distribution.base_dist.batch_shape)
+            weights = weights.expand(inner.base_dist.batch_shape)
         elif kind == "ExpandedDistribution":
-            weights = weights.sum_to_size(distribution.base_dist.batch_shape)
+            weights = weights.sum_to_size(inner.base_dist.batch_shape)
         elif kind == "MaskedDistribution":
-            weights = weights * torch.as_tensor(distribution._mask, device=weights.device)
+            weights = weights * torch.as_tensor(inner._mask, device=weights.device)
         else:
             return weights
-        distribution = distribution.base_dist
+        inner = inner.base_dist
 
 
 def gram(weights: Tensor, inputs: Tensor) -> Tensor:
@@ -267,11 +269,11 @@ def gram(weights: Tensor, inputs: Tensor) -> Tensor:
     """
     size = inputs.shape[1]
     chunk = max(_CHUNK_ELEMENTS // max(size * size, 1), 1)
-    total = inputs.new_zeros(weights.shape[1], size * size)
+    total: Tensor = inputs.new_zeros(weights.shape[1], size * size)
     for some, part in zip(weights.split(chunk), inputs.split(chunk), strict=True):
         pairs = (part.unsqueeze(2) * part.unsqueeze(1)).flatten(1)
         total.addmm_(some.mT, pairs)
-    return total.unflatten(1, (size, size))
+    return total.reshape(-1, size, size)
 
 
 def observe(
@@ -305,7 +307,15 @@ def observe(
 
 
 def check_sites(records: Sequence[SiteRecord], plan: Plan) -> None:
-    """Compares a run's sites and families with the plan's."""
+    """Compares a run's sites and families with the plan's.
+
+    Args:
+        records: the random sites of the run.
+        plan: the plan of the program.
+
+    Raises:
+        StructureChanged: naming the sites that differ.
+    """
     found = {record.name: type(peel(record.distribution).base).__name__ for record in records}
     if found != plan.families:
         changed = sorted(set(found.items()) ^ set(plan.families.items()))

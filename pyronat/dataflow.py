@@ -10,7 +10,7 @@ result may carry a label too many, never one too few. Values that leave for Pyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import reduce
 from typing import Any
@@ -52,7 +52,7 @@ class Dataflow:
         self.watching = False
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> Generator[None, None, None]:
         """Watches every operation in this context."""
         with ExitStack() as stack:
             stack.enter_context(_FunctionWatch(self))
@@ -64,7 +64,7 @@ class Dataflow:
                 self.watching = False
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None, None, None]:
         """Lets operations pass unseen."""
         before, self.watching = self.watching, False
         try:

@@ -137,8 +137,8 @@ def check_simulable(net: BayesNet) -> None:
             read = ", ".join(site.reads_data)
             raise UnsupportedProgram(
                 f"site {site.name!r} reads the data of {read} from the program's arguments, so the "
-                "program cannot be run on simulated values; use the value that pyro.sample returns, "
-                "or choose Full(expectation='posterior')"
+                "program cannot be run on simulated values; use the value that pyro.sample "
+                "returns, or choose Full(expectation='posterior')"
             )
 
 
@@ -177,7 +177,15 @@ class LossObserver:
         self.guide_sites: tuple[SiteRecord, ...] = ()
 
     def wake(self, model: Any, guide: Any) -> None:
-        """Sees a pair of traces on observed data."""
+        """Sees a pair of traces on observed data.
+
+        Args:
+            model: trace of the model.
+            guide: trace of the guide.
+
+        Raises:
+            InvalidData: if a batch is empty.
+        """
         self.model_sites, self.guide_sites = records_of(model), records_of(guide)
         for record in self.model_sites:
             if record.observed and record.value.numel() == 0:

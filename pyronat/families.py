@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,14 +68,14 @@ class Peeled:
 def peel(distribution: dist.Distribution) -> Peeled:
     """Removes `Independent`, `ExpandedDistribution` and `MaskedDistribution`."""
     mask: Tensor | bool | None = None
+    inner: Any = distribution
     while True:
-        kind = type(distribution).__name__
+        kind = type(inner).__name__
         if kind == "MaskedDistribution":
-            own = distribution._mask
-            mask = own if mask is None else mask & own
+            mask = inner._mask if mask is None else mask & inner._mask
         elif kind not in {"Independent", "ExpandedDistribution"}:
-            return Peeled(distribution, mask)
-        distribution = distribution.base_dist
+            return Peeled(inner, mask)
+        inner = inner.base_dist
 
 
 def family_of(distribution: dist.Distribution) -> type | None:

@@ -53,7 +53,11 @@ class Full(Geometry):
     num_runs: int = 1
 
     def __post_init__(self) -> None:
-        """Checks the options."""
+        """Checks the options.
+
+        Raises:
+            ValueError: naming the option.
+        """
         if self.expectation not in _SOURCES:
             raise ValueError(
                 f"expectation must be one of {', '.join(_SOURCES)}, not {self.expectation!r}"

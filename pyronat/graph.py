@@ -6,7 +6,7 @@ Static, hashable structure on networkx; no tensor, no torch, no Pyro.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
@@ -147,7 +147,7 @@ class BayesNet:
         return frozenset(self.graph.successors(site))
 
     def markov_blanket(self, site: str) -> frozenset[str]:
-        """Parents, children and the children's other parents; given them the site is independent."""
+        """Parents, children and co-parents: given them, the site is independent of the rest."""
         children = self.children(site)
         coparents = (self.parents(child) for child in children)
         return (self.parents(site) | children).union(*coparents) - {site}
@@ -248,12 +248,12 @@ class BayesNet:
             rows.append((site.name, site.kind, site.family, shape, plates, parents, blanket))
         yield from _table(rows)
         yield f"Blocks of the full-system Fisher information ({len(self.blocks)})"
-        rows = [("parameters", "sites", "structure", "blocks", "exact")]
+        table = [("parameters", "sites", "structure", "blocks", "exact")]
         for block in self.blocks:
             shape = f"{block.count} of {block.size} × {block.size}"
             exact = "yes" if block.exact else "no"
-            rows.append((block.name, ", ".join(block.sites), block.structure, shape, exact))
-        yield from _table(rows)
+            table.append((block.name, ", ".join(block.sites), block.structure, shape, exact))
+        yield from _table(table)
         for name, reason in self.without_fisher:
             yield f"  without a Fisher: {name} ({reason})"
         yield f"Districts ({len(self.districts)})"
@@ -266,8 +266,7 @@ def _dot_text(text: str) -> str:
     return '"' + text.replace('"', '\\"') + '"'
 
 
-def _table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    rows = list(rows)
+def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  " + "  ".join(map(str.ljust, row, widths)).rstrip()

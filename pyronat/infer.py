@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,13 +79,14 @@ class NaturalSVI:
         TypeError: if `optim` is not a `NaturalGradient`.
 
     Example:
-        >>> import pyro, pyro.distributions as dist, torch
+        >>> import pyro, pyro.distributions as dist, pyronat, torch
         >>> def model(x):
         ...     loc = pyro.param("loc", torch.tensor(0.0))
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
         >>> pyro.clear_param_store()
-        >>> optim = NaturalGradient(lr=1.0, geometry=Full("posterior"), damping=lambda g, a, lr: 0 * g)
+        >>> no_damping = pyronat.steps.ConstantDamping(0.0)
+        >>> optim = NaturalGradient(lr=1.0, geometry=Full("posterior"), damping=no_damping)
         >>> svi = NaturalSVI(model, lambda x: None, optim)
         >>> _ = svi.step(torch.tensor([1.0, 2.0, 6.0]))
         >>> round(pyro.param("loc").item(), 4)
@@ -136,14 +136,21 @@ class NaturalSVI:
         optim = self.optim
         refresh = optim.refresh_due
         observer = self._observer(refresh)
-        with self._gradients(observer, args, kwargs) as (loss, params, gradients):
-            sides: Mapping[Role, Side] = optim.sides
-            proposal = None
-            if math.isfinite(loss) and _all_finite(gradients.values()):
-                if refresh:
-                    sides = optim.refreshed(self._curvature(observer, args, kwargs))
-                proposal = optim.propose(sides, gradients)
-            accepted = proposal is not None and self._apply(proposal, params)
+        sides: Mapping[Role, Side] = optim.sides
+        proposal = None
+        with poutine.trace(param_only=True) as capture:
+            try:
+                loss = self._backward(observer, args, kwargs)
+                params = params_of(capture.trace)
+                gradients = {name: _gradient(leaf) for name, leaf in params.items()}
+                if math.isfinite(loss) and _all_finite(gradients.values()):
+                    if refresh:
+                        sides = optim.refreshed(self._curvature(observer, args, kwargs))
+                    proposal = optim.propose(sides, gradients)
+                accepted = proposal is not None and self._apply(proposal, params)
+            finally:
+                for leaf in params_of(capture.trace).values():
+                    leaf.grad = None
         info = self._describe(loss, accepted, sides, proposal, refresh, start)
         if accepted and proposal is not None:
             optim.commit(sides, proposal)
@@ -179,32 +186,33 @@ class NaturalSVI:
             guide_matrix=guide is not None and guide.natural,
         )
 
-    @contextmanager
-    def _gradients(
+    def _backward(
         self, observer: LossObserver, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Iterator[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
-        """Loss, parameters and gradients of one backward pass; gradients are cleared at the end."""
-        params: dict[str, Tensor] = {}
-        with poutine.trace(param_only=True) as capture:
-            try:
-                try:
-                    with watch_traces(self.loss, observer):
-                        loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
-                finally:
-                    params = params_of(capture.trace)
-                self._check_programs(observer)
-                gradients = {
-                    name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-                    for name, leaf in params.items()
-                }
-                yield float(loss[0] if isinstance(loss, tuple) else loss), params, gradients
-            except (ValueError, RuntimeError) as error:
-                if _has_nan((args, kwargs)):
-                    raise InvalidData(f"an argument holds NaN: {error}") from error
-                raise
-            finally:
-                for leaf in params.values():
-                    leaf.grad = None
+    ) -> float:
+        """Differentiates the loss and checks that the programs are those that were analyzed.
+
+        Args:
+            observer: measures the traces of the loss.
+            args: arguments of model and guide.
+            kwargs: their keyword arguments.
+
+        Returns:
+            The loss in nats.
+
+        Raises:
+            InvalidData: where Pyro or torch refuse arguments that hold NaN.
+            ValueError: as Pyro or torch raise it.
+            RuntimeError: as Pyro or torch raise it.
+        """
+        try:
+            with watch_traces(self.loss, observer):
+                loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        except (ValueError, RuntimeError) as error:
+            if _has_nan((args, kwargs)):
+                raise InvalidData(f"an argument holds NaN: {error}") from error
+            raise
+        self._check_programs(observer)
+        return float(loss[0] if isinstance(loss, tuple) else loss)
 
     def _check_programs(self, observer: LossObserver) -> None:
         check_sites(observer.model_sites, self.optim.sides["model"].plan)
@@ -324,6 +332,10 @@ def _weighted(parts: Sequence[tuple[float, dict[str, Curvature]]]) -> dict[str, 
         total += share
         mean = mix(mean, part, share / total)
     return mean
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _mixed(seed: int, step: int) -> int:

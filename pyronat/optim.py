@@ -135,7 +135,7 @@ class Proposal:
     scalars: dict[str, Tensor]
 
 
-class NaturalGradient(pyro.optim.PyroOptim):  # type: ignore[misc]
+class NaturalGradient(pyro.optim.PyroOptim):
     """Natural gradient on the blocks of a Bayesian network, for `pyronat.NaturalSVI`.
 
     One step moves all parameters at once. A block with Fisher information G moves by
@@ -450,7 +450,8 @@ def _restored(side: Side, state: Mapping[str, Any]) -> Side:
                 if state[key].get(name) != own[key].get(name)
             )
             raise CheckpointMismatch(
-                f"the state is of another program: {key} of {', '.join(changed)} of the {side.role} differ"
+                f"the state is of another program: {key} of {', '.join(changed)} of the "
+                f"{side.role} differ"
             )
     if side.natural != bool(state["damping"]) and state["average"]:
         raise CheckpointMismatch(f"the state is of another geometry of the {side.role}")

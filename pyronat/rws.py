@@ -17,7 +17,7 @@ from pyronat.tracing import importance_traces, scored_records_of, sleep_traces
 _PARTICLES = "num_particles_vectorized"
 
 
-class ReweightedWakeSleep(ELBO):  # type: ignore[misc]
+class ReweightedWakeSleep(ELBO):
     """Reweighted wake–sleep (Bornschein & Bengio 2015) with importance weights per datum.
 
     With guide draws h_k ~ q(h|v) and weights w_k ∝ p(v, h_k) / q(h_k|v), normalized over the

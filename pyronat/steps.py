@@ -150,7 +150,11 @@ class RunningAverage:
     refresh: int = 5
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
+        """Checks the ranges.
+
+        Raises:
+            ValueError: naming the option.
+        """
         if not 0 <= self.decay < 1 or self.refresh < 1:
             raise ValueError(f"decay must be in [0, 1) and refresh at least 1, not {self}")
 

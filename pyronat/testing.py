@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -551,7 +551,7 @@ def _gradient(log_prob: Tensor, leaves: Values) -> Tensor:
 
 
 @contextmanager
-def _displaced(leaves: Values, displacement: Mapping[str, Tensor]) -> Iterator[None]:
+def _displaced(leaves: Values, displacement: Mapping[str, Tensor]) -> Generator[None, None, None]:
     """Moves leaves within the context, and puts back their exact values after it."""
     original = {name: leaf.detach().clone() for name, leaf in leaves.items()}
     try:

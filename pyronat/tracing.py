@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -215,7 +215,7 @@ def _draw_constant(message: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def _quietly() -> Generator[None, None, None]:
     """Without Pyro's validation, whose checks read values, and without its warnings."""
     with ExitStack() as stack:
         stack.enter_context(pyro.validation_enabled(False))
@@ -434,14 +434,24 @@ def _same_row(stacked: Run, single: Run, state: int, states: int) -> bool:
 
 
 def _cells(record: SiteRecord) -> tuple[Tensor, int]:
-    """The support of one element of a site `[values, *event]`, and the number of elements."""
+    """The support of one element of a site, and the number of elements.
+
+    Args:
+        record: the site in a prototype run.
+
+    Returns:
+        Values `[values, *event]`, and how many elements the site has.
+
+    Raises:
+        NotEnumerable: if the support is infinite.
+    """
     base = peel(record.distribution).base
     try:
         support = base.enumerate_support(expand=False)
     except NotImplementedError as error:
         raise NotEnumerable(
-            f"site {record.name!r} ({type(base).__name__}) is a parent with infinitely many values; "
-            "use Full(expectation='model') or 'pooled'"
+            f"site {record.name!r} ({type(base).__name__}) is a parent with infinitely many "
+            "values; use Full(expectation='model') or 'pooled'"
         ) from error
     support = support.reshape(len(support), *base.event_shape)
     return support, record.value.numel() // max(prod(base.event_shape), 1)
@@ -565,7 +575,7 @@ class TraceVisitor(Protocol):
 
 
 @contextmanager
-def watch_traces(loss: ELBO, visitor: TraceVisitor) -> Iterator[None]:
+def watch_traces(loss: ELBO, visitor: TraceVisitor) -> Generator[None, None, None]:
     """Shows all traces that a loss makes, before it differentiates them.
 
     Args:
@@ -586,7 +596,7 @@ def watch_traces(loss: ELBO, visitor: TraceVisitor) -> Iterator[None]:
     if kind.startswith(("Jit", "TraceTMC")):
         raise UnsupportedProgram(f"{kind} hides its traces; use its plain counterpart")
     get_trace = loss._get_trace
-    get_sleep_trace = getattr(loss, "_get_sleep_trace", None)
+    loss_sleep_trace: Any = getattr(loss, "_get_sleep_trace", None)
 
     def watched(*args: Any) -> Any:
         model_trace, guide_trace = get_trace(*args)
@@ -594,12 +604,12 @@ def watch_traces(loss: ELBO, visitor: TraceVisitor) -> Iterator[None]:
         return model_trace, guide_trace
 
     def watched_sleep(*args: Any) -> Any:
-        guide_trace = get_sleep_trace(*args)
+        guide_trace = loss_sleep_trace(*args)
         visitor.sleep(guide_trace)
         return guide_trace
 
     loss._get_trace = watched
-    if get_sleep_trace is not None:
+    if loss_sleep_trace is not None:
         loss._get_sleep_trace = watched_sleep
     try:
         yield
@@ -609,7 +619,7 @@ def watch_traces(loss: ELBO, visitor: TraceVisitor) -> Iterator[None]:
 
 
 @contextmanager
-def own_random_numbers(seed: int) -> Iterator[None]:
+def own_random_numbers(seed: int) -> Generator[None, None, None]:
     """Runs on random numbers of its own, so that the caller's stream is not disturbed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

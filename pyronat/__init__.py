@@ -1,6 +1,6 @@
 """pyronat: natural gradients for probabilistic programs in Pyro."""
 
-from pyronat import steps
+from pyronat import steps, testing
 from pyronat.analysis import analyze
 from pyronat.errors import PyronatError
 from pyronat.geometry import Euclidean, Full
@@ -26,4 +26,5 @@ __all__ = [
     "analyze",
     "fisher",
     "steps",
+    "testing",
 ]

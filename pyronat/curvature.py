@@ -17,13 +17,18 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyronat.autograd import LinearUnits, SampleGate, jacobian, linear_units
-from pyronat.errors import BlockTooLarge, StructureChanged, UnsupportedDistribution
+from pyronat.errors import (
+    BlockTooLarge,
+    PyronatError,
+    StructureChanged,
+    UnsupportedDistribution,
+)
 from pyronat.families import Group, groups, peel
 from pyronat.graph import BayesNet, ParamBlock
 from pyronat.operators import Layout
 from pyronat.tracing import SiteRecord
 
-MAX_DENSE_SIZE = 4096
+MAX_DENSE_SIZE = 2048
 """Largest number of entries in one dense block."""
 
 _CHUNK_ELEMENTS = 2**22
@@ -52,7 +57,7 @@ class Plan:
 
 
 def make_plan(
-    net: BayesNet, params: Mapping[str, Tensor], excluded: Iterable[str] = (), dense: bool = True
+    net: BayesNet, params: Mapping[str, Tensor], excluded: Iterable[str] = (), required: bool = True
 ) -> Plan:
     """Plans the curvature of a network's blocks.
 
@@ -60,7 +65,7 @@ def make_plan(
         net: the analyzed program.
         params: unconstrained leaves by name.
         excluded: parameters to leave out; a block that holds one is left out whole.
-        dense: whether the matrices of the blocks will be formed.
+        required: whether every block must be measured; else those that cannot be are left out.
 
     Returns:
         The plan.
@@ -71,9 +76,12 @@ def make_plan(
     """
     left_out = set(excluded)
     blocks = {block.name: block for block in net.blocks if not left_out & set(block.params)}
-    if dense:
-        for block in blocks.values():
-            _check_feasible(block, net)
+    for name, block in list(blocks.items()):
+        obstacle = _obstacle(block, net)
+        if obstacle is not None:
+            if required:
+                raise obstacle
+            del blocks[name]
     return Plan(
         blocks=blocks,
         layouts={name: layout_of(block, params) for name, block in blocks.items()},
@@ -88,7 +96,8 @@ def layout_of(block: ParamBlock, params: Mapping[str, Tensor]) -> Layout:
     return Layout(block.params, shapes, block.transposed, block.count)
 
 
-def _check_feasible(block: ParamBlock, net: BayesNet) -> None:
+def _obstacle(block: ParamBlock, net: BayesNet) -> PyronatError | None:
+    """Why a block cannot be measured, or None."""
     advice = (
         f"leave {block.name} to another optimizer with NaturalGradient(exclude=[...]), or choose "
         "Euclidean() for this program"
@@ -96,14 +105,15 @@ def _check_feasible(block: ParamBlock, net: BayesNet) -> None:
     if not block.exact:
         families = {site.name: site.family for site in net.sites}
         kinds = ", ".join(f"{name} ({families[name]})" for name in block.sites)
-        raise UnsupportedDistribution(
+        return UnsupportedDistribution(
             f"no closed-form Fisher information at site {kinds}; {advice}"
         )
     if block.structure == "dense" and block.size > MAX_DENSE_SIZE:
-        raise BlockTooLarge(
+        return BlockTooLarge(
             f"the dense block of {block.name} has {block.size} entries, at most {MAX_DENSE_SIZE} "
             f"are formed; {advice}"
         )
+    return None
 
 
 @dataclass(frozen=True)

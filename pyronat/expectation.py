@@ -208,9 +208,9 @@ class LossObserver:
             weights = _guide_weights(factor.record, records)
             self._guide.append((factor, weights * share))
 
-    def model_curvature(self) -> dict[str, Curvature]:
+    def model_curvature(self, with_matrix: bool = True) -> dict[str, Curvature]:
         """Curvature of the model's blocks, once the loss has been differentiated."""
-        return total_curvature(
+        weighted = [
             (
                 factor,
                 -gradients[0].clamp_max(0)
@@ -218,7 +218,8 @@ class LossObserver:
                 else factor.record.base_weights() / self._num_particles,
             )
             for factor, gradients in self._model
-        )
+        ]
+        return total_curvature(weighted, with_matrix)
 
     def guide_curvature(self) -> dict[str, Curvature]:
         """Curvature of the guide's blocks."""

@@ -81,13 +81,16 @@ def peel(distribution: dist.Distribution) -> Peeled:
 def family_of(distribution: dist.Distribution) -> type | None:
     """The row of `FAMILIES` a peeled distribution belongs to, or None.
 
-    A subclass from outside torch and Pyro may change the density, so it has no family.
+    A subclass from outside torch and Pyro may change the density, so it has no family; Pyro's own
+    `NanMaskedNormal` and `NanMaskedMultivariateNormal` do, where data are missing.
     """
     kinds = type(distribution).__mro__
     first = next(
         (kind for kind in kinds if kind.__module__.startswith("torch.distributions")), None
     )
-    ours = type(distribution).__module__.startswith(("torch.distributions", "pyro.distributions"))
+    module = type(distribution).__module__
+    ours = module.startswith(("torch.distributions", "pyro.distributions"))
+    ours = ours and module != "pyro.distributions.nanmasked"
     return first if ours and first in FAMILIES else None
 
 

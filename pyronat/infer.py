@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -238,7 +239,7 @@ class NaturalSVI:
                     part = observer.model_curvature()
                 parts.append((share, part))
             if not model.natural:
-                parts.append((1.0, observer.model_curvature()))
+                parts.append((1.0, observer.model_curvature(with_matrix=False)))
             found["model"] = _weighted(parts)
             guide = sides.get("guide")
             if guide is not None and guide.plan.blocks:
@@ -261,15 +262,14 @@ class NaturalSVI:
             before = {name: leaf.clone() for name, leaf in moved.items()}
         if moved:
             optimizer = self.optim.other_optimizer()
-            snapshot = optimizer.get_state() if optimizer.optim_objs else None
+            snapshot = copy.deepcopy(optimizer.get_state())
             optimizer([moved[name] for name in sorted(moved)])
             if not _all_finite(moved.values()):
                 with torch.no_grad():
                     for name, leaf in moved.items():
                         leaf.copy_(before[name])
                 optimizer.optim_objs.clear()
-                if snapshot is not None:
-                    optimizer.set_state(snapshot)
+                optimizer.set_state(snapshot)
                 return False
         with torch.no_grad():
             for name, change in proposal.changes.items():

@@ -16,6 +16,7 @@ from pyronat.errors import (
     CheckpointMismatch,
     PyronatError,
     StockSVI,
+    StructureChanged,
     UnassignedParameter,
 )
 from pyronat.geometry import Euclidean, Full, Geometry
@@ -26,6 +27,7 @@ from pyronat.steps import (
     Damping,
     KLTrustRegion,
     LeverageDamping,
+    Moments,
     ReachScaledAdam,
     RunningAverage,
     Schedule,
@@ -131,7 +133,7 @@ class Proposal:
     """
 
     changes: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]]
+    moments: dict[str, Moments]
     scalars: dict[str, Tensor]
 
 
@@ -152,8 +154,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
         trust_region: bound on the divergence of a step.
         curvature: how curvature is averaged over steps and how often it is measured.
         others: a Pyro optimizer for all parameters without a metric. By default those of a
-            Euclidean side take steps of `steps.ReachScaledAdam`, and those without a Fisher
-            information of Adam with rate 1e-3.
+            Euclidean side take steps of `steps.ReachScaledAdam`; those without a Fisher
+            information, or in a dense block too large to measure, of Adam with rate 1e-3.
         exclude: names or patterns (`"encoder*"`) of parameters to leave to `others`.
         seed: seed of the dreams, which never touch the random numbers of the training.
 
@@ -187,7 +189,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self.sides: dict[Role, Side] = {}
         self.scaled_adam = ReachScaledAdam()
         self._plain = pyro.optim.Adam({"lr": 1e-3})
-        self._moments: dict[str, dict[str, Tensor]] = {}
+        self._moments: dict[str, Moments] = {}
         self._pending: dict[str, Any] | None = None
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> NoReturn:
@@ -233,7 +235,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         sides = {}
         for role, own in nets.items():
             geometry = self.geometry if role == "model" else self._guide_geometry(own)
-            plan = make_plan(own, params, excluded, dense=bool(geometry.sources))
+            plan = make_plan(own, params, excluded, required=bool(geometry.sources))
             sides[role] = Side(role, geometry, own, plan)
         self.sides = sides
         if self._pending is not None:
@@ -250,7 +252,24 @@ class NaturalGradient(pyro.optim.PyroOptim):
         return Full() if suits else Euclidean()
 
     def assignment(self, names: Sequence[str]) -> dict[str, str]:
-        """Who moves each parameter: "natural", "scaled" (Adam by reach) or "others"."""
+        """Who moves each parameter: "natural", "scaled" (Adam by reach) or "others".
+
+        Args:
+            names: all parameters of a step.
+
+        Returns:
+            The kind of owner, by parameter.
+
+        Raises:
+            StructureChanged: if a parameter was not analyzed, or an analyzed one is missing.
+        """
+        known = {name for side in self.sides.values() for name in side.net.params}
+        changed = known.symmetric_difference(names)
+        if changed:
+            raise StructureChanged(
+                f"parameters differ from those of the first step: {', '.join(sorted(changed))}; "
+                "create all parameters before training, and use them at every step"
+            )
         owners = {}
         for side in self.sides.values():
             kind = "natural" if side.natural else "others" if self.others else "scaled"
@@ -297,7 +316,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         factor = self.trust_region.factor(scalars["kl"])
         scalars["kl"] = scalars["kl"] * factor**2
         changes = {name: -lr * factor * vector for name, vector in directions.items()}
-        moments = {}
+        moments: dict[str, Moments] = {}
         kinds = self.assignment(list(gradients))
         for side in sides.values():
             for name, reach in side.reach().items() if not side.natural else ():
@@ -328,7 +347,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             "step_count": self.step_count,
             "seed": self.seed,
             "sides": {role: _side_state(side) for role, side in self.sides.items()},
-            "moments": {name: dict(state) for name, state in self._moments.items()},
+            "moments": {name: dict(vars(state)) for name, state in self._moments.items()},
             "others": self.other_optimizer().get_state(),
         }
 
@@ -361,7 +380,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         sides = {role: _restored(side, state["sides"][role]) for role, side in self.sides.items()}
         self.step_count, self.seed = state["step_count"], state["seed"]
         self.sides = sides
-        self._moments = {name: dict(moments) for name, moments in state["moments"].items()}
+        self._moments = {name: Moments(**moments) for name, moments in state["moments"].items()}
         others = self.other_optimizer()
         others.optim_objs.clear()
         others.set_state(state["others"])

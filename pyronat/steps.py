@@ -164,6 +164,21 @@ class RunningAverage:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Moments of one parameter's gradient.
+
+    Attributes:
+        first: running mean, of the parameter's shape.
+        second: running mean of the square.
+        steps: number of steps averaged over.
+    """
+
+    first: Tensor
+    second: Tensor
+    steps: int
+
+
+@dataclass(frozen=True)
 class ReachScaledAdam:
     """Adam whose step moves a unit's logit by about `logits_per_lr` × lr, whatever its fan-in.
 
@@ -181,15 +196,15 @@ class ReachScaledAdam:
     eps: float = 1e-8
 
     def step(
-        self, gradient: Tensor, reach: Tensor, lr: float, state: dict[str, Tensor] | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, gradient: Tensor, reach: Tensor, lr: float, state: Moments | None
+    ) -> tuple[Tensor, Moments]:
         """The change of a parameter and the new state.
 
         Args:
             gradient: of any shape.
             reach: the reach of each entry, same shape.
             lr: current learning rate.
-            state: moments `first`, `second` and number of steps `count`, or None at the start.
+            state: moments, or None at the start.
 
         Returns:
             Change to add, and new state; the old state is not written to.
@@ -197,12 +212,11 @@ class ReachScaledAdam:
         first_decay, second_decay = self.betas
         if state is None:
             zero = torch.zeros_like(gradient)
-            state = {"first": zero, "second": zero, "count": torch.zeros(())}
-        count = state["count"] + 1
-        first = torch.lerp(state["first"], gradient, 1 - first_decay)
-        second = torch.lerp(state["second"], gradient.square(), 1 - second_decay)
-        steps = int(count)
-        scale = math.sqrt(1 - second_decay**steps) / (1 - first_decay**steps)
-        direction = scale * first / (second.sqrt() + self.eps * math.sqrt(1 - second_decay**steps))
+            state = Moments(zero, zero, 0)
+        steps = state.steps + 1
+        first = torch.lerp(state.first, gradient, 1 - first_decay)
+        second = torch.lerp(state.second, gradient.square(), 1 - second_decay)
+        root = (second / (1 - second_decay**steps)).sqrt()
+        direction = first / (1 - first_decay**steps) / (root + self.eps)
         rate = self.logits_per_lr * lr / reach.clamp_min(torch.finfo(reach.dtype).tiny)
-        return -rate * direction, {"first": first, "second": second, "count": count}
+        return -rate * direction, Moments(first, second, steps)

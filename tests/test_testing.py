@@ -233,7 +233,7 @@ def test_sitewise_fisher_is_the_full_one_where_nothing_is_scaled(case: Case) -> 
 
 
 def test_a_subsample_has_the_expected_fisher_of_the_whole_plate() -> None:
-    # Elements are exchangeable here, so any three of six, scaled by two, give all six.
+    # Elements are exchangeable here: two scaled by three, and four by one and a half, give six.
     case = BY_NAME["subsample"]
 
     def model(size: int) -> None:

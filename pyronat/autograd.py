@@ -26,7 +26,7 @@ ELEMENTWISE = frozenset(
     f"{name}Backward0"
     for name in (
         "Abs Add Alias Clamp ClampMin ClampMax Clone Div Elu Exp Expm1 Gelu LeakyRelu Log Log1P "
-        "LogSigmoid Mul Neg Pow Reciprocal Relu Rsqrt Sigmoid Silu Softplus Sqrt Square Sub Tanh "
+        "LogSigmoid Mul Neg Pow Reciprocal Relu Rsqrt Sigmoid Silu Softplus Sqrt Sub Tanh "
         "ToCopy UnsafeView View"
     ).split()
 ) | {"ClampBackward1", "RsubBackward1"}
@@ -243,7 +243,7 @@ def linear_units(theta: Tensor, gate: SampleGate) -> LinearUnits | None:
     if path is None or not _collect(path[-1], gate.edges, terms):
         return None
     numel = _numel(path[-1])
-    if len(terms) == 1 and terms[0][0].numel() == numel:
+    if len(terms) == 1 and terms[0][2] is None and terms[0][0].numel() == numel:
         return _bias_units(terms[0][0], _slope(path, theta, numel, gate))
     return _assemble(terms, numel, lambda units: _slope(path, theta, units, gate))
 

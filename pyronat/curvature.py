@@ -147,7 +147,7 @@ class Curvature:
         """(1 − share) of this and `share` of the other."""
 
         def lerp(a: Tensor, b: Tensor) -> Tensor:
-            return a if share == 0 else torch.lerp(a, b, share)
+            return a if share == 0 else torch.lerp(a, b.to(a.dtype), share)
 
         matrix = self.matrix
         if matrix is not None and other.matrix is not None:

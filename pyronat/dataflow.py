@@ -98,6 +98,8 @@ class Dataflow:
 
     def propagate(self, function: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Labels the outputs of an operation by its rule."""
+        if function in _OVERWRITING:
+            inputs = inputs[1:]
         if not any(self._shadow_of(tensor) is not None for tensor in inputs):
             for tensor in outputs:
                 self._write(tensor, None)
@@ -201,6 +203,24 @@ def _join_along(shadow: Tensor, dim: int) -> Tensor:
 
 
 Rule = Callable[[Dataflow, Sequence[Tensor], Tensor], "Tensor | None"]
+
+_OVERWRITING = {
+    torch.ops.aten.copy_.default,
+    torch.ops.aten.fill_.Scalar,
+    torch.ops.aten.fill_.Tensor,
+    torch.ops.aten.zero_.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.full_like.default,
+    torch.ops.aten.ones_like.default,
+    torch.ops.aten.rand_like.default,
+    torch.ops.aten.randn_like.default,
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_full.default,
+    torch.ops.aten.new_ones.default,
+    torch.ops.aten.new_zeros.default,
+}
+"""Operations that take from their first argument its shape or its memory, not its values."""
 
 _MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 

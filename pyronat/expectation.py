@@ -235,12 +235,45 @@ def _gradient_of(tensor: Tensor | None) -> list[Tensor]:
 
 
 def _guide_weights(record: SiteRecord, records: Sequence[SiteRecord]) -> Tensor:
-    """Scale × mask × probability of the enumerated values that the distribution depends on."""
-    shape = record.distribution.batch_shape
+    """Scale × mask × probability of the enumerated values that the distribution depends on.
+
+    The probability is the marginal one: earlier enumerated sites that the distribution does not
+    depend on are summed out, each as soon as Pyro hands its batch dimension to another site.
+    """
+    plates = {plate.name for plate in record.plates}
     weights = record.base_weights()
+    tables: list[Tensor] = []
+    earlier = True
     for other in records:
-        dim = other.enumeration_dim
-        depends = dim is not None and len(shape) >= -dim and shape[dim] > 1
-        if depends and other.name != record.name and other.log_prob is not None:
-            weights = weights * other.log_prob.detach().exp()
+        earlier = earlier and other.name != record.name
+        upstream = earlier and plates.issuperset(plate.name for plate in other.plates)
+        if other.enumeration_dim is not None and upstream:
+            tables = [*_sum_out(tables, other.enumeration_dim), _probabilities(other)]
+        elif other.num_values is not None:
+            weights = weights * (_probabilities(other) if upstream else 1 / other.num_values)
+    shape = record.distribution.batch_shape
+    for dim in range(-max((table.dim() for table in tables), default=0), 0):
+        if len(shape) < -dim or shape[dim] == 1:
+            tables = _sum_out(tables, dim)
+    for table in tables:
+        weights = weights * table
     return weights
+
+
+def _probabilities(record: SiteRecord) -> Tensor:
+    assert record.log_prob is not None
+    if record.num_samples is not None:
+        return torch.full_like(record.log_prob, 1 / record.num_samples).detach()
+    return record.log_prob.detach().exp()
+
+
+def _sum_out(tables: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """Multiplies the tables that vary along a batch dimension and sums over it."""
+    varying = [table for table in tables if table.dim() >= -dim and table.shape[dim] > 1]
+    if not varying:
+        return list(tables)
+    product = varying[0]
+    for table in varying[1:]:
+        product = product * table
+    rest = [table for table in tables if all(table is not one for one in varying)]
+    return [*rest, product.sum(dim, keepdim=True)]

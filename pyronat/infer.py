@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from pyronat.errors import InvalidData, NonFiniteStep
 from pyronat.expectation import LossObserver, check_simulable, dream_curvature, exact_curvature
 from pyronat.geometry import Full
 from pyronat.graph import BayesNet
-from pyronat.optim import NaturalGradient, Proposal, Role, Side
+from pyronat.optim import NaturalGradient, Proposal, Role, Side, restore, state_of
 from pyronat.tracing import own_random_numbers, params_of, watch_traces
 
 MAX_REJECTED = 3
@@ -133,7 +133,8 @@ class NaturalSVI:
         """
         start = time.perf_counter()
         if self.net is None:
-            self._analyze(args, kwargs)
+            with _explained(args, kwargs):
+                self._analyze(args, kwargs)
         optim = self.optim
         refresh = optim.refresh_due
         observer = self._observer(refresh)
@@ -144,6 +145,7 @@ class NaturalSVI:
                 loss = self._backward(observer, args, kwargs)
                 params = params_of(capture.trace)
                 gradients = {name: _gradient(leaf) for name, leaf in params.items()}
+                optim.check_params(gradients)
                 if math.isfinite(loss) and _all_finite(gradients.values()):
                     if refresh:
                         sides = optim.refreshed(self._curvature(observer, args, kwargs))
@@ -201,17 +203,10 @@ class NaturalSVI:
             The loss in nats.
 
         Raises:
-            InvalidData: where Pyro or torch refuse arguments that hold NaN.
-            ValueError: as Pyro or torch raise it.
-            RuntimeError: as Pyro or torch raise it.
+            InvalidData: where Pyro or torch refuse arguments that are not finite, or empty.
         """
-        try:
-            with watch_traces(self.loss, observer):
-                loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        except (ValueError, RuntimeError) as error:
-            if _has_nan((args, kwargs)):
-                raise InvalidData(f"an argument holds NaN: {error}") from error
-            raise
+        with _explained(args, kwargs), watch_traces(self.loss, observer):
+            loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
         self._check_programs(observer)
         return float(loss[0] if isinstance(loss, tuple) else loss)
 
@@ -262,14 +257,13 @@ class NaturalSVI:
             before = {name: leaf.clone() for name, leaf in moved.items()}
         if moved:
             optimizer = self.optim.other_optimizer()
-            snapshot = copy.deepcopy(optimizer.get_state())
+            snapshot = state_of(optimizer)
             optimizer([moved[name] for name in sorted(moved)])
             if not _all_finite(moved.values()):
                 with torch.no_grad():
                     for name, leaf in moved.items():
                         leaf.copy_(before[name])
-                optimizer.optim_objs.clear()
-                optimizer.set_state(snapshot)
+                restore(optimizer, snapshot)
                 return False
         with torch.no_grad():
             for name, change in proposal.changes.items():
@@ -352,8 +346,35 @@ def _all_finite(tensors: Any) -> bool:
     return bool(torch.isfinite(torch.stack([part.to(first) for part in sums])).all())
 
 
-def _has_nan(arguments: Any) -> bool:
-    return any(
-        isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(torch.isnan(leaf).any())
+@contextmanager
+def _explained(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generator[None, None, None]:
+    """Names the arguments where they are why Pyro or torch raise.
+
+    Args:
+        args: arguments of model and guide.
+        kwargs: their keyword arguments.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InvalidData: if an argument is not finite, or a plate is empty.
+        ValueError: as Pyro or torch raise it.
+        RuntimeError: as Pyro or torch raise it.
+    """
+    try:
+        yield
+    except ZeroDivisionError as error:
+        raise InvalidData(f"a plate has no elements, the batch is empty: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        if not _is_finite((args, kwargs)):
+            raise InvalidData(f"an argument holds NaN or infinite values: {error}") from error
+        raise
+
+
+def _is_finite(arguments: Any) -> bool:
+    return all(
+        bool(torch.isfinite(leaf).all())
         for leaf in tree_leaves(arguments)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
     )

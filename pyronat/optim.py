@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -259,22 +260,38 @@ class NaturalGradient(pyro.optim.PyroOptim):
 
         Returns:
             The kind of owner, by parameter.
-
-        Raises:
-            StructureChanged: if a parameter was not analyzed, or an analyzed one is missing.
         """
-        known = {name for side in self.sides.values() for name in side.net.params}
-        changed = known.symmetric_difference(names)
-        if changed:
-            raise StructureChanged(
-                f"parameters differ from those of the first step: {', '.join(sorted(changed))}; "
-                "create all parameters before training, and use them at every step"
-            )
         owners = {}
         for side in self.sides.values():
             kind = "natural" if side.natural else "others" if self.others else "scaled"
             owners.update(dict.fromkeys(side.plan.owner(), kind))
         return {name: owners.get(name, "others") for name in names}
+
+    def check_params(self, params: Mapping[str, Tensor]) -> None:
+        """Compares the parameters of a step with the analyzed ones.
+
+        Args:
+            params: tensors of the parameters' shapes, by name.
+
+        Raises:
+            StructureChanged: naming those that are new, missing or of another shape.
+        """
+        known = {name for side in self.sides.values() for name in side.net.params}
+        shapes = {
+            name: shape
+            for side in self.sides.values()
+            for layout in side.plan.layouts.values()
+            for name, shape in zip(layout.names, layout.shapes, strict=True)
+        }
+        changed = known.symmetric_difference(params) | {
+            name for name in shapes.keys() & params.keys() if params[name].shape != shapes[name]
+        }
+        if changed:
+            raise StructureChanged(
+                f"parameters differ from those of the first step: {', '.join(sorted(changed))}; "
+                "create all parameters before training, use them at every step, and keep their "
+                "shapes"
+            )
 
     @property
     def refresh_due(self) -> bool:
@@ -348,7 +365,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             "seed": self.seed,
             "sides": {role: _side_state(side) for role, side in self.sides.items()},
             "moments": {name: dict(vars(state)) for name, state in self._moments.items()},
-            "others": self.other_optimizer().get_state(),
+            "others": state_of(self.other_optimizer()),
         }
 
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
@@ -368,26 +385,44 @@ class NaturalGradient(pyro.optim.PyroOptim):
             )
         if self.bound:
             self._restore(state)
+            self._pending = None
         else:
             self._pending = state
             self.step_count, self.seed = state["step_count"], state["seed"]
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        if set(state["sides"]) != set(self.sides):
+        if state["sides"] and set(state["sides"]) != set(self.sides):
             raise CheckpointMismatch(
                 f"the state has sides {sorted(state['sides'])}, the program {sorted(self.sides)}"
             )
-        sides = {role: _restored(side, state["sides"][role]) for role, side in self.sides.items()}
+        # A state from before the first step has no sides: it is a start.
+        sides = {
+            role: _restored(side, state["sides"][role])
+            if state["sides"]
+            else replace(side, refreshes=0, average={}, solved={})
+            for role, side in self.sides.items()
+        }
         self.step_count, self.seed = state["step_count"], state["seed"]
         self.sides = sides
         self._moments = {name: Moments(**moments) for name, moments in state["moments"].items()}
-        others = self.other_optimizer()
-        others.optim_objs.clear()
-        others.set_state(state["others"])
+        restore(self.other_optimizer(), state["others"])
 
     def load(self, filename: str, map_location: Any = None) -> None:
         """Loads what `save` wrote, with `weights_only=True`, and takes it at once."""
         self.set_state(torch.load(filename, map_location=map_location, weights_only=True))
+
+
+def state_of(optimizer: pyro.optim.PyroOptim) -> dict[str, Any]:
+    """A copy of a Pyro optimizer's state, with what it was given but has not used yet."""
+    waiting = optimizer._state_waiting_to_be_consumed
+    return copy.deepcopy({**waiting, **optimizer.get_state()})
+
+
+def restore(optimizer: pyro.optim.PyroOptim, state: Mapping[str, Any]) -> None:
+    """Makes a state of `state_of` the only one that a Pyro optimizer knows."""
+    optimizer.optim_objs.clear()
+    optimizer._state_waiting_to_be_consumed.clear()
+    optimizer.set_state(copy.deepcopy(dict(state)))
 
 
 def _refuse(*args: Any, **kwargs: Any) -> NoReturn:

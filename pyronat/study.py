@@ -134,6 +134,10 @@ def fisher(
     metric = Full("model") if geometry is None else geometry
     if not metric.sources:
         raise UnsupportedProgram(f"{metric} has no metric; use Full(...)")
+    if "posterior" in metric.sources and guide is None:
+        raise UnsupportedProgram(
+            "a posterior expectation needs a guide: pass guide=..., or use Full('model')"
+        )
     net = analyze(model, *args, **kwargs)
     if {"dreams", "exact"} & metric.sources.keys():
         check_simulable(net)
@@ -148,7 +152,8 @@ def fisher(
         elif source == "exact":
             part = exact_curvature(model, args, kwargs, plan, net)
         else:
-            part = _posterior(model, guide, args, kwargs, plan, num_samples)
+            assert guide is not None
+            part = posterior_curvature(model, guide, args, kwargs, plan, num_samples)
         weight += share
         total = mix(total, part, share / weight)
     matrices = {name: c.matrix for name, c in total.items() if c.matrix is not None}
@@ -157,18 +162,3 @@ def fisher(
         blocks={name: BlockMatrix(matrix) for name, matrix in matrices.items()},
         layouts={name: plan.layouts[name] for name in matrices},
     )
-
-
-def _posterior(
-    model: Callable[..., Any],
-    guide: Callable[..., Any] | None,
-    args: Any,
-    kwargs: Any,
-    plan: Plan,
-    num_samples: int,
-) -> dict[str, Curvature]:
-    if guide is None:
-        raise UnsupportedProgram(
-            "a posterior expectation needs a guide: pass guide=..., or use Full('model')"
-        )
-    return posterior_curvature(model, guide, args, kwargs, plan, num_samples)

@@ -362,7 +362,7 @@ def z_score(samples: Tensor, truth: Tensor, floor: float = 1e-12) -> Tensor:
     return torch.where(exact, torch.zeros_like(error), error / standard_error)
 
 
-class _Assignment(Messenger):  # type: ignore[misc]
+class _Assignment(Messenger):
     """Gives the random sites chosen values, and later ones the first of their support.
 
     Attributes:

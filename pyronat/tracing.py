@@ -64,6 +64,8 @@ class SiteRecord:
         plates: the vectorized plates around the site, outermost first.
         log_prob: unscaled log-probability `[*batch]` in nats, or None where it was not computed.
         enumeration_dim: batch dimension along which the value is enumerated, or None.
+        num_values: values that are enumerated one by one, in traces of their own, or None.
+        num_samples: values drawn to stand for an enumeration, or None.
     """
 
     name: str
@@ -75,6 +77,8 @@ class SiteRecord:
     plates: tuple[Plate, ...]
     log_prob: Tensor | None
     enumeration_dim: int | None = None
+    num_values: int | None = None
+    num_samples: int | None = None
 
     def base_weights(self) -> Tensor:
         """Scale × mask, `[*batch]`: what one element's log-probability counts for."""
@@ -156,6 +160,8 @@ def _record(site: Mapping[str, Any]) -> SiteRecord:
         ),
         log_prob=site.get("unscaled_log_prob"),
         enumeration_dim=site["infer"].get("_enumerate_dim"),
+        num_values=site["infer"].get("_enum_total"),
+        num_samples=site["infer"].get("num_samples"),
     )
 
 

@@ -80,12 +80,8 @@ def implied_jacobian(theta: Tensor, units: LinearUnits, params: Sequence[Tensor]
             derivative = term.inputs[row % units.rows]
             derivative = derivative if slope is None else slope[row, unit] * derivative
             target = full[id(term.leaf)][flat]
-            target = target.mT if term.transposed else target
-            target.reshape(units.units, -1)[unit] if target.is_contiguous() else target
-            if target.dim() == 2 and target.shape == (units.units, term.inputs.shape[1]):
-                target[unit] += derivative
-            else:
-                target.view(units.units, -1)[unit] += derivative
+            by_unit = target.mT if term.transposed else target.reshape(units.units, -1)
+            by_unit[unit] += derivative
     return torch.cat([full[id(param)].reshape(theta.numel(), -1) for param in params], 1)
 
 
@@ -319,8 +315,8 @@ GENTLE: tuple[Step, ...] = (
     lambda h, n: h.clamp(-0.7, 0.9),
     lambda h, n: h / (1 + h.square()),
     lambda h, n: h.reshape(-1),
-    lambda h, n: h.reshape(-1, 3),
-    lambda h, n: h.reshape(3, -1),
+    lambda h, n: h.reshape(-1, 3) if h.numel() % 3 == 0 else h,
+    lambda h, n: h.reshape(3, -1) if h.numel() % 3 == 0 else h,
     lambda h, n: h.reshape(1, *h.shape).expand(2, *h.shape),
     lambda h, n: h.expand(2, *h.shape),
     lambda h, n: h + n.b if h.shape[-1:] == (3,) else h,
@@ -375,7 +371,7 @@ HEADS: tuple[Builder, ...] = (
     lambda n: n.r + n.s,
     lambda n: n.scalar.expand(3),
 )
-PROGRAMS = 500
+PROGRAMS = 200
 
 
 def random_program(number: int) -> tuple[Net, Tensor, list[int]]:
@@ -481,9 +477,7 @@ def test_open_gate_does_nothing() -> None:
     plain = torch.autograd.grad((z @ net.W).sum(), net.V, retain_graph=True)[0]
     gate = SampleGate([z])
     with gate.closed():
-        (cut,) = torch.autograd.grad(
-            (z @ net.W).sum(), net.V, retain_graph=True, allow_unused=True
-        )
+        (cut,) = torch.autograd.grad((z @ net.W).sum(), net.V, retain_graph=True, allow_unused=True)
         assert cut is None or cut.abs().max() == 0
     assert torch.equal(torch.autograd.grad((z @ net.W).sum(), net.V, retain_graph=True)[0], plain)
     gate.remove()
@@ -560,8 +554,8 @@ NODES: dict[str, Callable[[Tensor], Tensor]] = {
     "AbsBackward0": torch.abs,
     "AddBackward0": lambda x: x + 1,
     "AliasBackward0": torch.ops.aten.alias,
-    "ClampBackward0": lambda x: x.clamp(0, 1),
-    "ClampBackward1": _clamped,
+    "ClampBackward0": _clamped,
+    "ClampBackward1": lambda x: x.clamp(0, 1),
     "ClampMinBackward0": lambda x: x.clamp_min(0),
     "ClampMaxBackward0": lambda x: x.clamp_max(0),
     "CloneBackward0": torch.clone,
@@ -585,7 +579,6 @@ NODES: dict[str, Callable[[Tensor], Tensor]] = {
     "SiluBackward0": F.silu,
     "SoftplusBackward0": F.softplus,
     "SqrtBackward0": torch.sqrt,
-    "SquareBackward0": torch.square,
     "SubBackward0": lambda x: x - 1,
     "TanhBackward0": torch.tanh,
     "ToCopyBackward0": lambda x: x.to(torch.float32),
@@ -610,7 +603,11 @@ def test_every_elementwise_node_is_tried() -> None:
 @pytest.mark.parametrize(
     ("build", "name", "attributes"),
     [
-        (lambda n: F.linear(n.x, n.W, n.b), "AddmmBackward0", "_saved_mat1 _saved_alpha _saved_beta"),
+        (
+            lambda n: F.linear(n.x, n.W, n.b),
+            "AddmmBackward0",
+            "_saved_mat1 _saved_alpha _saved_beta",
+        ),
         (lambda n: n.x @ n.W, "MmBackward0", "_saved_self"),
         (lambda n: n.x + n.W, "AddBackward0", "_saved_alpha"),
         (lambda n: n.W.permute(1, 0), "PermuteBackward0", "_saved_dims"),

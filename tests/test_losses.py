@@ -285,10 +285,6 @@ def test_markov_model_has_the_exact_posterior_marginals() -> None:
     assert torch.allclose(found["initial"][0], categorical_fisher(initial), atol=EXACT)
 
 
-def free_markov(x: Tensor) -> None:
-    markov(x)
-
-
 @pytest.mark.parametrize("how", ["parallel", "sequential"])
 def test_markov_guide_is_measured_with_its_own_marginals(how: str) -> None:
     """A chain of enumerated sites: the weight of a state is its marginal, over all earlier ones."""
@@ -303,6 +299,29 @@ def test_markov_guide_is_measured_with_its_own_marginals(how: str) -> None:
         marginal = marginal @ transition.softmax(-1)
     assert torch.allclose(found["q.initial"][0], categorical_fisher(initial), atol=EXACT)
     assert torch.allclose(found["q.transition"][0], torch.block_diag(*expected), atol=EXACT)
+
+
+@pytest.mark.parametrize("how", ["parallel", "sequential"])
+def test_a_plated_guide_site_below_a_global_one_has_its_marginals(how: str) -> None:
+    x = torch.tensor([0.5, -1.0])
+
+    def joint(x: Tensor) -> None:
+        g = pyro.sample("g", dist.Categorical(logits=param("logits", 1, 2)))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(logits=param("table", 2, 2, 2)[g]))
+            pyro.sample("x", dist.Normal(param("means", 3, 2)[z], 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        g = pyro.sample("g", dist.Categorical(logits=param("q.g", 11, 2)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(logits=param("q.z", 12, 2, 2)[g]))
+
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    found = matrices(elbo, joint, enumerated(guide, how), x, "guide")
+    q_g, q_z = values("q.g", "q.z")
+    blocks = len(x) * q_g.softmax(-1)[:, None, None] * categorical_fisher(q_z)
+    assert torch.allclose(found["q.z"][0], torch.block_diag(*blocks), rtol=0, atol=EXACT)
+    assert torch.allclose(found["q.g"][0], categorical_fisher(q_g), rtol=0, atol=EXACT)
 
 
 def recorded(loss: Any, name: str) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -25,7 +25,6 @@ Values = dict[str, Tensor]
 
 EXACT = 1e-10
 ZERO = 1e-12
-UNSCALED = [case for case in CASES if case.name not in {"subsample", "masked"}]
 
 
 @functools.cache
@@ -328,16 +327,6 @@ def test_visible_fisher_couples_the_nodes_of_a_district(name, first, second) -> 
     cross = (where[first], where[second])
     assert visible(name)[0][cross].abs().max() > 1e-4
     assert full(name)[0][cross].abs().max() < ZERO
-
-
-@pytest.mark.parametrize("case", UNSCALED, ids=str)
-@pytest.mark.parametrize("mixing", [0.0, 0.3, 1.0])
-def test_exact_visible_geometry_is_the_enumerated_one(case: Case, mixing: float) -> None:
-    geometry = pyronat.Visible(mixing=mixing, posterior="exact")
-    matrix, layout = estimate(case, geometry, guide=case.guide).dense()
-    oracle = (1 - mixing) * visible(case.name)[0] + mixing * full(case.name)[0]
-    assert list(layout) == visible(case.name)[1]
-    assert agrees(matrix, oracle)
 
 
 # --- covariance --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyronat.analysis import analyze
-from pyronat.curvature import Curvature, Plan, make_plan, mix
+from pyronat.curvature import Curvature, make_plan, mix
 from pyronat.errors import UnsupportedProgram
 from pyronat.expectation import (
     check_simulable,

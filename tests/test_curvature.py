@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BY_NAME, CASES, Case
+from cases import BY_NAME, CASES, Case, value
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
@@ -123,8 +123,8 @@ def repeated(x: Tensor) -> None:
 PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     **{case.name: (case.model, case.args) for case in CASES},
     "layered": (layered, (torch.linspace(-1, 2, 10, dtype=torch.float64).reshape(5, 2),)),
-    "heteroscedastic": (heteroscedastic, (torch.randn(5, 2).double(),)),
-    "repeated": (repeated, (torch.randn(5, 2).double(),)),
+    "heteroscedastic": (heteroscedastic, (value(7, 5, 2),)),
+    "repeated": (repeated, (value(7, 5, 2),)),
 }
 
 

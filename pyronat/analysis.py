@@ -13,12 +13,8 @@ from pyronat.autograd import LinearUnits, SampleGate, leaves, linear_units
 from pyronat.errors import UnsupportedDistribution, UnsupportedProgram
 from pyronat.families import groups, peel
 from pyronat.graph import BayesNet, Edge, ParamBlock, Site
-from pyronat.tracing import (
-    Program,
-    SiteStructure,
-    distribution_tensors,
-    run_with_dataflow,
-)
+from pyronat.records import SiteStructure, distribution_tensors
+from pyronat.tracing import Program, run_with_dataflow
 
 UNKNOWN_FAMILY = "score"
 """Name of the one group of coordinates of a distribution without a closed-form Fisher."""

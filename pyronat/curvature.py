@@ -26,7 +26,7 @@ from pyronat.errors import (
 from pyronat.families import Group, groups, peel
 from pyronat.graph import BayesNet, ParamBlock
 from pyronat.operators import Layout
-from pyronat.tracing import SiteRecord
+from pyronat.records import SiteRecord
 
 MAX_DENSE_SIZE = 2048
 """Largest number of entries in one dense block."""

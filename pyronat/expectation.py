@@ -9,19 +9,13 @@ import torch
 from torch import Tensor
 
 from pyronat.curvature import Curvature, Factor, Plan, observe, total_curvature
+from pyronat.enumeration import enumerate_parents
 from pyronat.errors import InvalidData, UnsupportedProgram
 from pyronat.graph import BayesNet
 from pyronat.importance import datum_plates
-from pyronat.tracing import (
-    Program,
-    SiteRecord,
-    dream,
-    enumerate_parents,
-    importance_traces,
-    params_of,
-    records_of,
-    scored_records_of,
-)
+from pyronat.loss_traces import importance_traces
+from pyronat.records import SiteRecord
+from pyronat.tracing import Program, dream, params_of, records_of, scored_records_of
 
 
 def dream_curvature(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyronat.families import peel
-from pyronat.tracing import Plate, SiteRecord
+from pyronat.records import Plate, SiteRecord
 
 
 @dataclass(frozen=True)

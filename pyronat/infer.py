@@ -21,8 +21,10 @@ from pyronat.errors import InvalidData, NonFiniteStep
 from pyronat.expectation import LossObserver, check_simulable, dream_curvature, exact_curvature
 from pyronat.geometry import Full
 from pyronat.graph import BayesNet
-from pyronat.optim import NaturalGradient, Proposal, Role, Side, restore, state_of
-from pyronat.tracing import own_random_numbers, params_of, watch_traces
+from pyronat.loss_traces import watch_traces
+from pyronat.optim import NaturalGradient, Proposal, restore, state_of
+from pyronat.sides import Role, Side
+from pyronat.tracing import own_random_numbers, params_of
 
 MAX_REJECTED = 3
 """Rejected steps in a row after which training stops with an error."""

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import pyro.optim
 import torch
 from torch import Tensor
 
-from pyronat.curvature import Curvature, Plan, make_plan, mix
+from pyronat.curvature import Curvature, make_plan
 from pyronat.errors import (
     CheckpointMismatch,
-    PyronatError,
     StockSVI,
     StructureChanged,
     UnassignedParameter,
 )
 from pyronat.geometry import Euclidean, Full, Geometry
 from pyronat.graph import BayesNet
-from pyronat.operators import BlockMatrix, CholeskyFactor, cholesky
+from pyronat.sides import Role, Side
 from pyronat.steps import (
     Constant,
     Damping,
@@ -34,8 +33,6 @@ from pyronat.steps import (
     Schedule,
 )
 
-Role: TypeAlias = Literal["model", "guide"]
-
 STATE_FORMAT = 1
 CONTINUOUS = frozenset({
     "Normal",
@@ -46,81 +43,6 @@ CONTINUOUS = frozenset({
     "Exponential",
 })
 """Families whose guides default to the natural gradient: their draws are reparametrized."""
-
-
-@dataclass(frozen=True)
-class SolvedBlock:
-    """A damped block, factored.
-
-    Attributes:
-        damping: λ `[count]` at the refresh that factored it.
-        factor: Cholesky factor of G + λ I.
-    """
-
-    damping: Tensor
-    factor: CholeskyFactor
-
-
-@dataclass(frozen=True)
-class Side:
-    """Curvature of one program: what the metric is, and its running average.
-
-    Attributes:
-        role: "model" or "guide".
-        geometry: its metric.
-        net: its structure.
-        plan: the blocks that are measured.
-        refreshes: how often the average was refreshed.
-        average: running average of the curvature by block.
-        solved: damped factors by block, of a natural geometry.
-    """
-
-    role: Role
-    geometry: Geometry
-    net: BayesNet
-    plan: Plan
-    refreshes: int = 0
-    average: Mapping[str, Curvature] = field(default_factory=dict)
-    solved: Mapping[str, SolvedBlock] = field(default_factory=dict)
-
-    @property
-    def natural(self) -> bool:
-        """Whether the side has a metric."""
-        return bool(self.geometry.sources)
-
-    def refreshed(
-        self, curvature: Mapping[str, Curvature], rule: RunningAverage, damping: Damping, lr: float
-    ) -> Side:
-        """This side with a new estimate of the curvature averaged in."""
-        share = rule.share(self.refreshes)
-        average = mix(self.average, curvature, share) if self.average else dict(curvature)
-        side = replace(self, refreshes=self.refreshes + 1, average=average)
-        return side.factored(damping, lr) if self.natural else side
-
-    def factored(self, damping: Damping, lr: float) -> Side:
-        """This side with its blocks damped at a learning rate and factored."""
-        solved = {}
-        for name, curvature in self.average.items():
-            assert curvature.matrix is not None
-            diagonal = BlockMatrix(curvature.matrix).mean_diagonal()
-            strength = damping(diagonal, curvature.leverage, lr).expand(diagonal.shape)
-            solved[name] = self._solve(name, curvature.matrix, strength)
-        return replace(self, solved=solved)
-
-    def _solve(self, name: str, matrix: Tensor, damping: Tensor) -> SolvedBlock:
-        try:
-            return SolvedBlock(damping, cholesky(matrix, damping))
-        except PyronatError as error:
-            raise type(error)(f"block of {name}: {error}") from error
-
-    def reach(self) -> dict[str, Tensor]:
-        """Reach of every parameter entry, by parameter name."""
-        reach = {}
-        for name, curvature in self.average.items():
-            layout = self.plan.layouts[name]
-            size = self.plan.blocks[name].size
-            reach.update(layout.unpack(curvature.reach.unsqueeze(1).expand(-1, size)))
-        return reach
 
 
 @dataclass(frozen=True)
@@ -326,7 +248,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         products: list[Tensor] = []
         for side in sides.values():
             if side.natural:
-                found, terms = _natural_directions(side, gradients)
+                found, terms = side.directions(gradients)
                 directions.update(found)
                 products += terms
         scalars = _scalars(products, lr)
@@ -363,7 +285,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             "format": STATE_FORMAT,
             "step_count": self.step_count,
             "seed": self.seed,
-            "sides": {role: _side_state(side) for role, side in self.sides.items()},
+            "sides": {role: side.state() for role, side in self.sides.items()},
             "moments": {name: dict(vars(state)) for name, state in self._moments.items()},
             "others": state_of(self.other_optimizer()),
         }
@@ -397,7 +319,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             )
         # A state from before the first step has no sides: it is a start.
         sides = {
-            role: _restored(side, state["sides"][role])
+            role: side.restored(state["sides"][role])
             if state["sides"]
             else replace(side, refreshes=0, average={}, solved={})
             for role, side in self.sides.items()
@@ -432,35 +354,6 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def _natural_directions(
-    side: Side, gradients: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """D = (G + λ)⁻¹ g by parameter, and (gᵀg, gᵀd, dᵀd, dᵀGd, Σλ, count) of each block."""
-    directions: dict[str, Tensor] = {}
-    products = []
-    for name, solved in side.solved.items():
-        layout = side.plan.layouts[name]
-        gradient = layout.pack(gradients)
-        direction = solved.factor.solve(gradient)
-        inner = (gradient * direction).sum()
-        squares = direction.square().sum(1)
-        # (G + λ) d = g, so dᵀGd needs no product with G.
-        quadratic = inner - (solved.damping * squares).sum()
-        entries = torch.tensor(float(layout.count), dtype=inner.dtype, device=inner.device)
-        products.append(
-            torch.stack([
-                gradient.square().sum(),
-                inner,
-                squares.sum(),
-                quadratic,
-                solved.damping.sum(),
-                entries,
-            ])
-        )
-        directions.update(layout.unpack(direction))
-    return directions, products
-
-
 def _scalars(products: Sequence[Tensor], lr: float) -> dict[str, Tensor]:
     if not products:
         zero = torch.zeros(())
@@ -476,47 +369,3 @@ def _scalars(products: Sequence[Tensor], lr: float) -> dict[str, Tensor]:
         "cosine": inner / (grad * direction).sqrt().clamp_min(tiny),
         "damping": damping / count,
     }
-
-
-def _side_state(side: Side) -> dict[str, Any]:
-    return {
-        "families": dict(side.plan.families),
-        "shapes": {
-            name: [list(shape) for shape in layout.shapes]
-            for name, layout in side.plan.layouts.items()
-        },
-        "refreshes": side.refreshes,
-        "average": {
-            name: {key: value for key, value in vars(curvature).items() if value is not None}
-            for name, curvature in side.average.items()
-        },
-        "damping": {name: solved.damping for name, solved in side.solved.items()},
-    }
-
-
-def _restored(side: Side, state: Mapping[str, Any]) -> Side:
-    own = _side_state(side)
-    for key in ("families", "shapes"):
-        if state[key] != own[key]:
-            changed = sorted(
-                name
-                for name in state[key].keys() | own[key].keys()
-                if state[key].get(name) != own[key].get(name)
-            )
-            raise CheckpointMismatch(
-                f"the state is of another program: {key} of {', '.join(changed)} of the "
-                f"{side.role} differ"
-            )
-    if side.natural != bool(state["damping"]) and state["average"]:
-        raise CheckpointMismatch(f"the state is of another geometry of the {side.role}")
-    average = {
-        name: Curvature(values.get("matrix"), values["leverage"], values["reach"])
-        for name, values in state["average"].items()
-    }
-    side = replace(side, refreshes=state["refreshes"], average=average)
-    solved = {}
-    for name, damping in state["damping"].items():
-        matrix = average[name].matrix
-        assert matrix is not None
-        solved[name] = side._solve(name, matrix, damping)
-    return replace(side, solved=solved)

@@ -12,7 +12,8 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyronat.importance import datum_plates, effective_sample_size
-from pyronat.tracing import importance_traces, scored_records_of, sleep_traces
+from pyronat.loss_traces import importance_traces, sleep_traces
+from pyronat.tracing import scored_records_of
 
 _PARTICLES = "num_particles_vectorized"
 

@@ -114,7 +114,7 @@ TRAINED: dict[str, tuple[Any, Program, Program, Tensor]] = {
         X,
     ),
     "Trace, discrete": (Trace_ELBO(num_particles=4), mixture, mixture_guide, MIXED),
-    "TraceGraph": (TraceGraph_ELBO(num_particles=4), mixture, mixture_guide, MIXED),
+    "TraceGraph": (TraceGraph_ELBO(num_particles=2), mixture, mixture_guide, MIXED),
     "TraceMeanField": (TraceMeanField_ELBO(), gaussian, gaussian_guide, X),
     "Renyi": (RenyiELBO(alpha=0.3, num_particles=4), gaussian, gaussian_guide, X),
     "Renyi, vectorized": (

@@ -78,7 +78,7 @@ def factor_optimum(x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("guide_geometry", [None, Euclidean()], ids=["natural", "adam"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_factor_analysis_trains_to_its_optimum_with_defaults(
     seed: int, guide_geometry: Any
 ) -> None:

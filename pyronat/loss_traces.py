@@ -1,0 +1,160 @@
+"""Traces that losses are made of, and a way to see them before they are differentiated."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pyronat.errors import NoGuideOnDreams, UnsupportedProgram
+from pyronat.tracing import Program, constant_samples, is_random
+
+
+def importance_traces(
+    model: Program,
+    guide: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    max_plate_nesting: float,
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Runs the guide with sample values as constants, then the model on these values.
+
+    Returns:
+        Traces of model and guide with log-probabilities, without subsample sites.
+    """
+    with constant_samples():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
+            *args, **kwargs
+        )
+    if is_validation_enabled():
+        check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
+        check_if_enumerated(guide_trace)
+    return _scored(model_trace, max_plate_nesting), _scored(guide_trace, max_plate_nesting)
+
+
+def _scored(trace: poutine.Trace, max_plate_nesting: float) -> poutine.Trace:
+    trace = prune_subsample_sites(trace)
+    trace.compute_log_prob()
+    if is_validation_enabled():
+        for site in trace.nodes.values():
+            if site["type"] == "sample":
+                check_site_shape(site, max_plate_nesting)
+    return trace
+
+
+def sleep_traces(
+    model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Runs the model forward, then the guide on the simulated data, replaying the dream.
+
+    A guide with a parameter `observations` gets the simulated values by site name, Pyro's own
+    convention. For any other guide the arguments whose tensors are the observed values are
+    replaced, recognized by identity.
+
+    Returns:
+        Traces of the dream and of the guide, the latter with log-probabilities.
+
+    Raises:
+        NoGuideOnDreams: if the observed values of a site are not among the arguments.
+    """
+    with constant_samples():
+        dreamed = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+    simulated = {
+        name: (site["infer"].get("obs"), site["value"])
+        for name, site in dreamed.nodes.items()
+        if site["type"] == "sample" and site["infer"].get("was_observed") and is_random(site)
+    }
+    if "observations" in inspect.signature(guide).parameters:
+        kwargs = {**kwargs, "observations": {name: pair[1] for name, pair in simulated.items()}}
+    else:
+        args, kwargs = _replace_data(simulated, args, kwargs)
+    with poutine.replay(trace=dreamed):
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    return dreamed, _scored(trace, float("inf"))
+
+
+def _replace_data(
+    simulated: Mapping[str, tuple[Any, Tensor]], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    replaced: set[int] = set()
+    by_identity = {id(observed): value for observed, value in simulated.values()}
+
+    def swap(leaf: Any) -> Any:
+        if id(leaf) in by_identity:
+            replaced.add(id(leaf))
+            return by_identity[id(leaf)].to(leaf.dtype)
+        return leaf
+
+    swapped = tree_map(swap, (tuple(args), dict(kwargs)))
+    missing = [name for name, (observed, _) in simulated.items() if id(observed) not in replaced]
+    if missing:
+        raise NoGuideOnDreams(
+            f"the guide cannot be given simulated values of {', '.join(missing)}: either let it "
+            "take a keyword argument 'observations' (site name → value), or pass the observed "
+            "tensors themselves as arguments"
+        )
+    return swapped  # type: ignore[no-any-return]
+
+
+class TraceVisitor(Protocol):
+    """What is shown the traces of a loss."""
+
+    def wake(self, model: poutine.Trace, guide: poutine.Trace) -> None:
+        """Sees model and guide on the observed data."""
+
+    def sleep(self, guide: poutine.Trace) -> None:
+        """Sees the guide on simulated data."""
+
+
+@contextmanager
+def watch_traces(loss: ELBO, visitor: TraceVisitor) -> Generator[None, None, None]:
+    """Shows all traces that a loss makes, before it differentiates them.
+
+    Args:
+        loss: a stock Pyro ELBO or one of pyronat's.
+        visitor: is shown each pair of traces.
+
+    Yields:
+        Nothing; the loss is as before when the context ends.
+
+    Raises:
+        UnsupportedProgram: for losses that compile or do not make traces.
+    """
+    kind = type(loss).__name__
+    if not isinstance(loss, ELBO) or not hasattr(loss, "_get_trace"):
+        raise UnsupportedProgram(
+            f"the loss {kind} makes no traces; use an ELBO such as Trace_ELBO()"
+        )
+    if kind.startswith(("Jit", "TraceTMC")):
+        raise UnsupportedProgram(f"{kind} hides its traces; use its plain counterpart")
+    get_trace = loss._get_trace
+    loss_sleep_trace: Any = getattr(loss, "_get_sleep_trace", None)
+
+    def watched(*args: Any) -> Any:
+        model_trace, guide_trace = get_trace(*args)
+        visitor.wake(model_trace, guide_trace)
+        return model_trace, guide_trace
+
+    def watched_sleep(*args: Any) -> Any:
+        guide_trace = loss_sleep_trace(*args)
+        visitor.sleep(guide_trace)
+        return guide_trace
+
+    loss._get_trace = watched
+    if loss_sleep_trace is not None:
+        loss._get_sleep_trace = watched_sleep
+    try:
+        yield
+    finally:
+        vars(loss).pop("_get_trace", None)
+        vars(loss).pop("_get_sleep_trace", None)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
@@ -24,7 +25,7 @@ from pyronat.graph import BayesNet
 from pyronat.loss_traces import watch_traces
 from pyronat.optim import NaturalGradient, Proposal, restore, state_of
 from pyronat.sides import Role, Side
-from pyronat.tracing import own_random_numbers, params_of
+from pyronat.tracing import own_random_numbers, params_of, random_state, set_random_state
 
 MAX_REJECTED = 3
 """Rejected steps in a row after which training stops with an error."""
@@ -130,7 +131,8 @@ class NaturalSVI:
             The loss before the step, in nats.
 
         Raises:
-            InvalidData: if a tensor among the arguments or an observed value is not finite.
+            InvalidData: if a batch is empty, if an observed value is NaN, or if Pyro or torch
+                refuse arguments that are not finite.
             NonFiniteStep: after three rejected steps in a row.
         """
         start = time.perf_counter()
@@ -164,16 +166,25 @@ class NaturalSVI:
         return loss
 
     def _analyze(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        net = analyze(self.model, *args, guide=self.guide, **kwargs)
+        """Creates the parameters as a first evaluation of the loss would, then plans the blocks.
+
+        Random numbers are used up only if parameters are created, so that their initial values are
+        those of stock SVI and independent of the first draws, and resuming disturbs nothing.
+        """
+        stored = set(pyro.get_param_store().keys())
         with torch.random.fork_rng(), poutine.block(), torch.no_grad():
-            params = {}
-            for program in (self.guide, self.model):
-                trace = poutine.trace(program).get_trace(*args, **kwargs)
-                params.update(params_of(trace))
-        self.optim.bind(net, params)
-        for role, side in self.optim.sides.items():
-            if role == "model" and {"dreams", "exact"} & side.geometry.sources.keys():
-                check_simulable(net)
+            guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(
+                *args, **kwargs
+            )
+            after = random_state()
+        if stored != set(pyro.get_param_store().keys()):
+            set_random_state(after)
+        net = analyze(self.model, *args, guide=self.guide, **kwargs)
+        sources = self.optim.geometry.sources.keys()
+        if {"dreams", "exact"} & sources:
+            check_simulable(net)
+        self.optim.bind(net, {**params_of(guide_trace), **params_of(model_trace)})
         self.net = net
 
     def _observer(self, refresh: bool) -> LossObserver:

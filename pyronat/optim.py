@@ -288,6 +288,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             "sides": {role: side.state() for role, side in self.sides.items()},
             "moments": {name: dict(vars(state)) for name, state in self._moments.items()},
             "others": state_of(self.other_optimizer()),
+            "others_kind": self._others_kind(),
         }
 
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
@@ -300,10 +301,15 @@ class NaturalGradient(pyro.optim.PyroOptim):
             CheckpointMismatch: if it is not a state of this class, or of another program.
         """
         state = dict(state_dict)
-        required = {"format", "step_count", "seed", "sides", "moments", "others"}
+        required = {"format", "step_count", "seed", "sides", "moments", "others", "others_kind"}
         if state.get("format") != STATE_FORMAT or not required <= state.keys():
             raise CheckpointMismatch(
                 f"this is not a state of NaturalGradient in format {STATE_FORMAT}"
+            )
+        if state["others_kind"] != self._others_kind():
+            raise CheckpointMismatch(
+                f"the state has others of kind {state['others_kind']}, this optimizer "
+                f"{self._others_kind()}"
             )
         if self.bound:
             self._restore(state)
@@ -311,6 +317,13 @@ class NaturalGradient(pyro.optim.PyroOptim):
         else:
             self._pending = state
             self.step_count, self.seed = state["step_count"], state["seed"]
+
+    def _others_kind(self) -> str:
+        """Name of the torch optimizer behind `others`, or "default"."""
+        if self.others is None:
+            return "default"
+        constructor = self.others.pt_optim_constructor
+        return str(getattr(constructor, "__name__", type(constructor).__name__))
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         if state["sides"] and set(state["sides"]) != set(self.sides):

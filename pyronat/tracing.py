@@ -225,3 +225,16 @@ def own_random_numbers(seed: int) -> Generator[None, None, None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def random_state() -> list[Tensor]:
+    """States of torch's generators: the processor's, then those of the GPUs in use."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.random.get_rng_state(), *gpus]
+
+
+def set_random_state(state: Sequence[Tensor]) -> None:
+    """Takes a state of `random_state`."""
+    torch.random.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(list(state[1:]))

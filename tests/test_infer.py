@@ -588,3 +588,29 @@ def test_one_step_is_the_damped_natural_gradient() -> None:
     assert info.natural_norm == pytest.approx(math.sqrt(gradient * direction), rel=1e-12)
     assert info.cosine == pytest.approx(1.0)
     assert info.damping == pytest.approx(2.0)
+
+
+def test_initial_parameters_are_those_of_stock_svi():
+    def random_model(x):
+        loc = pyro.param("loc", lambda: torch.randn(()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def random_guide(x):
+        shift = pyro.param("shift", lambda: torch.randn(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x + shift, 1.0))
+
+    initial = []
+    for svi in (
+        pyronat.NaturalSVI(random_model, random_guide, pyronat.NaturalGradient(lr=0.0)),
+        pyro.infer.SVI(
+            random_model, random_guide, pyro.optim.SGD({"lr": 0.0}), pyro.infer.Trace_ELBO()
+        ),
+    ):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        svi.step(torch.arange(3.0))
+        initial.append([pyro.param(name).item() for name in ("loc", "shift")])
+    assert initial[0] == initial[1]

@@ -425,3 +425,11 @@ def test_the_average_of_curvature_is_the_running_one() -> None:
         expected += share * (20 / scale**2 - expected)
         (curvature,) = svi.optim.sides["model"].average.values()
         assert curvature.matrix.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_state_of_another_kind_of_others_is_refused():
+    state = NaturalGradient(others=Adam({"lr": 0.01})).get_state()
+    for other in (None, pyro.optim.SGD({"lr": 0.01})):
+        with pytest.raises(CheckpointMismatch, match="Adam"):
+            NaturalGradient(others=other).set_state(state)
+    NaturalGradient(others=Adam({"lr": 0.1})).set_state(state)

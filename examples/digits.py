@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pyro
@@ -199,7 +200,11 @@ def make_adam(
 
 
 def make_natural(
-    machine: Helmholtz, rate: float, num_steps: int, loss: pyronat.ReweightedWakeSleep
+    machine: Helmholtz,
+    rate: float,
+    num_steps: int,
+    loss: pyronat.ReweightedWakeSleep,
+    guide_geometry: pyronat.Full | None = None,
 ) -> Trainer:
     """Makes a trainer with the defaults: natural gradients on the model, Adam on the guide.
 
@@ -208,31 +213,13 @@ def make_natural(
         rate: The rate at the first step.
         num_steps: Steps in the run.
         loss: The training loss.
-
-    Returns:
-        The trainer.
-    """
-    optimizer = pyronat.NaturalGradient(lr=pyronat.steps.LinearDecay(rate, num_steps))
-    svi = pyronat.NaturalSVI(machine.model, machine.guide, optimizer, loss)
-    return Trainer(svi.step, lambda: None if svi.info is None else svi.info.ess)
-
-
-def make_natural_both(
-    machine: Helmholtz, rate: float, num_steps: int, loss: pyronat.ReweightedWakeSleep
-) -> Trainer:
-    """Makes a trainer with full natural gradients on the model and on the guide.
-
-    Args:
-        machine: The machine to train.
-        rate: The rate at the first step.
-        num_steps: Steps in the run.
-        loss: The training loss.
+        guide_geometry: The guide's geometry, in place of the default.
 
     Returns:
         The trainer.
     """
     optimizer = pyronat.NaturalGradient(
-        lr=pyronat.steps.LinearDecay(rate, num_steps), guide_geometry=pyronat.Full()
+        lr=pyronat.steps.LinearDecay(rate, num_steps), guide_geometry=guide_geometry
     )
     svi = pyronat.NaturalSVI(machine.model, machine.guide, optimizer, loss)
     return Trainer(svi.step, lambda: None if svi.info is None else svi.info.ess)
@@ -567,7 +554,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     search = search_rate(x_train, settings)
     methods = [
         Method("Adam", best_rate(search), make_adam),
-        Method("natural, model and guide", NATURAL_RATE, make_natural_both),
+        Method(
+            "natural, model and guide",
+            NATURAL_RATE,
+            partial(make_natural, guide_geometry=pyronat.Full()),
+        ),
         Method("natural, defaults", NATURAL_RATE, make_natural),
     ]
     task = Task(x_train, x_test, "test", every_epoch=True)

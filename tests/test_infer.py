@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from states import parameters, same
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -70,21 +71,6 @@ OPTIMIZERS: dict[str, Callable[[], NaturalGradient]] = {
     ),
 }
 by_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
-
-
-def parameters() -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in pyro.get_param_store().named_parameters()}
-
-
-def same(first: Any, second: Any) -> bool:
-    """Bit-identity of nested states."""
-    if isinstance(first, Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same, first, second))
-    return bool(first == second)
 
 
 def snapshot(svi: NaturalSVI) -> dict[str, Any]:

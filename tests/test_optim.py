@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.optim import Adam
+from states import parameters, same
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -81,21 +82,6 @@ SETUPS: dict[str, tuple[Callable[[], NaturalSVI], Tensor]] = {
     "never again": (lambda: gaussian(curvature=RunningAverage(refresh=100)), X),
 }
 by_setup = pytest.mark.parametrize("setup", SETUPS)
-
-
-def parameters() -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in pyro.get_param_store().named_parameters()}
-
-
-def same(first: Any, second: Any) -> bool:
-    """Bit-identity of nested states."""
-    if isinstance(first, Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same, first, second))
-    return bool(first == second)
 
 
 def train(svi: NaturalSVI, x: Tensor, steps: int) -> list[float]:

@@ -190,7 +190,6 @@ class Factor:
             The curvature of the block, of this site in this run alone.
         """
         distribution = self.record.distribution
-        distribution = self.record.distribution
         weights = weights.to(self.fisher.dtype).sum_to_size(distribution.batch_shape)
         spread = spread_weights(weights, distribution)
         scale = torch.as_tensor(self.record.scale).max().to(spread)

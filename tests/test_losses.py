@@ -354,7 +354,7 @@ def is_scored(site: Mapping[str, Any]) -> bool:
 @pytest.mark.parametrize("vectorized", [False, True])
 @pytest.mark.parametrize("kind", ["trace", "graph", "renyi", "rws"])
 def test_particles_count_as_their_normalized_weights(kind: str, vectorized: bool) -> None:
-    x = MIXED[[0, 1, 2, 20]] / 3
+    x = MIXED[[0, 1, 2, 20]] / 9
     options = {"num_particles": 5, "vectorize_particles": vectorized, "max_plate_nesting": 1}
     loss: Any = {
         "trace": lambda: Trace_ELBO(**options),
@@ -366,11 +366,12 @@ def test_particles_count_as_their_normalized_weights(kind: str, vectorized: bool
     found = matrices(loss, mixture, mixture_guide, x)
     assert len(seen) == (1 if vectorized else 5)
     z, log_p, log_q = (torch.stack(part).reshape(5, -1) for part in zip(*seen, strict=True))
+    assert (z != z[:1]).any(), "the draws do not tell weights apart"
     log_weights = log_p - log_q
     if kind == "rws":
         weights = log_weights.softmax(0)
     elif kind == "renyi":
-        weights = (0.7 * log_weights.sum(1, keepdim=True)).softmax(0).expand_as(log_weights)
+        weights = (0.7 * log_weights).softmax(0)
     else:
         weights = torch.full_like(log_weights, 1 / 5)
     expected = torch.stack([(weights * (z == state)).sum() for state in range(2)])

@@ -232,10 +232,18 @@ def linear_units(theta: Tensor, gate: SampleGate) -> LinearUnits | None:
     Returns:
         The units, or None where the graph holds anything that is not proven to be of this form:
         broadcasting other than over leading dimensions, an unknown operation, parameters upstream
-        of the inputs, a weight behind a constraint, a weight used twice.
+        of the inputs, a weight behind a constraint, a weight used twice. Also where torch has
+        renamed what the recognition reads.
     """
     if not theta.requires_grad:
         return None
+    try:
+        return _recognize(theta, gate)
+    except AttributeError:
+        return None
+
+
+def _recognize(theta: Tensor, gate: SampleGate) -> LinearUnits | None:
     if theta.grad_fn is None:
         return _bias_units(theta, None)
     path = _path_to_preactivation(edge_of(theta), gate.edges)

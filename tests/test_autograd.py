@@ -639,3 +639,15 @@ def test_saved_inputs_are_the_inputs() -> None:
     assert torch.equal(addmm.grad_fn._saved_mat1, net.x), CANARY + "AddmmBackward0._saved_mat1"
     assert torch.equal(mm.grad_fn._saved_self, net.x), CANARY + "MmBackward0._saved_self"
     assert torch.addmm(net.b, net.x, net.W, alpha=3).grad_fn._saved_alpha == 3, CANARY + "alpha"
+
+
+def test_renamed_private_attributes_lead_to_the_general_path(monkeypatch):
+    inputs, weight = torch.randn(5, 3), torch.randn(2, 3, requires_grad=True)
+    theta = inputs @ weight.T
+    assert linear_units(theta, SampleGate([])) is not None
+
+    def renamed(node):
+        raise AttributeError("_saved_dims")
+
+    monkeypatch.setattr(autograd, "_exchanges_axes", renamed)
+    assert linear_units(theta, SampleGate([])) is None

@@ -85,12 +85,7 @@ class Dataflow:
         """All labels that any element of the tensors carries."""
         with self.paused():
             joined = self._join_all(tensors)
-        if joined is None:
-            return frozenset()
-        planes = joined.tolist()
-        return frozenset(
-            label for label, (plane, bit) in self._bits.items() if planes[plane] >> bit & 1
-        )
+        return frozenset() if joined is None else self._decode(joined)
 
     def escape(self, *tensors: Tensor) -> None:
         """Records that values left for Python."""
@@ -164,14 +159,13 @@ class Dataflow:
         shadows = [shadow for shadow in map(self._shadow_of, tensors) if shadow is not None]
         if not shadows:
             return None
-        return reduce(
-            torch.bitwise_or, [_join_along(s.reshape(len(s), -1), 1).flatten() for s in shadows]
-        )
+        return reduce(torch.bitwise_or, map(_join_elements, shadows))
 
     def _write(self, tensor: Tensor, labels: Tensor | None) -> None:
         if tensor.layout != torch.strided:
             if labels is not None:
-                self.escape_planes(labels)
+                # As those of sparse tensors: they cannot be followed.
+                self.escaped |= self._decode(_join_elements(labels))
             return
         shadow = self._shadow_of(tensor, create=labels is not None)
         if shadow is None:
@@ -182,12 +176,17 @@ class Dataflow:
         else:
             shadow.copy_(labels.expand(shadow.shape))
 
-    def escape_planes(self, planes: Tensor) -> None:
-        """Records labels that cannot be followed, as those of sparse tensors."""
-        joined = _join_along(planes.reshape(len(planes), -1), 1).flatten().tolist()
-        self.escaped |= frozenset(
-            label for label, (plane, bit) in self._bits.items() if joined[plane] >> bit & 1
+    def _decode(self, joined: Tensor) -> Labels:
+        """The labels whose bits are set in joined planes `[planes]`."""
+        planes = joined.tolist()
+        return frozenset(
+            label for label, (plane, bit) in self._bits.items() if planes[plane] >> bit & 1
         )
+
+
+def _join_elements(shadow: Tensor) -> Tensor:
+    """Bitwise or over all elements of a shadow, `[planes]`."""
+    return _join_along(shadow.reshape(len(shadow), -1), 1).flatten()
 
 
 def _join_along(shadow: Tensor, dim: int) -> Tensor:

@@ -13,7 +13,7 @@ from pyronat.curvature import Curvature, Plan, mix
 from pyronat.errors import CheckpointMismatch, PyronatError
 from pyronat.geometry import Geometry
 from pyronat.graph import BayesNet
-from pyronat.operators import BlockMatrix, CholeskyFactor, cholesky
+from pyronat.operators import BlockMatrix, CholeskyFactor
 from pyronat.steps import Damping, RunningAverage
 
 Role: TypeAlias = Literal["model", "guide"]
@@ -80,7 +80,7 @@ class Side:
 
     def _solve(self, name: str, matrix: Tensor, damping: Tensor) -> SolvedBlock:
         try:
-            return SolvedBlock(damping, cholesky(matrix, damping))
+            return SolvedBlock(damping, BlockMatrix(matrix).factor(damping))
         except PyronatError as error:
             raise type(error)(f"block of {name}: {error}") from error
 
@@ -94,7 +94,14 @@ class Side:
         return reach
 
     def directions(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """D = (G + λ)⁻¹ g by parameter, and (gᵀg, gᵀd, dᵀd, dᵀGd, Σλ, count) of each block."""
+        """Natural gradients d = (G + λ)⁻¹ g by parameter, and the products that describe them.
+
+        Args:
+            gradients: g by parameter name.
+
+        Returns:
+            d by parameter name, and (gᵀg, gᵀd, dᵀd, dᵀGd, Σλ, count) of each block.
+        """
         directions: dict[str, Tensor] = {}
         products = []
         for name, solved in self.solved.items():

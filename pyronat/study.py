@@ -20,7 +20,7 @@ from pyronat.expectation import (
 )
 from pyronat.geometry import Full, Geometry
 from pyronat.graph import BayesNet
-from pyronat.operators import BlockMatrix, Layout, cholesky
+from pyronat.operators import BlockMatrix, Layout
 from pyronat.tracing import dream
 
 
@@ -57,8 +57,8 @@ class Fisher:
         """
 
         def solve(name: str, x: Tensor) -> Tensor:
-            matrix = self.blocks[name].matrix
-            return cholesky(matrix, matrix.new_full(matrix.shape[:1], damping)).solve(x)
+            block = self.blocks[name]
+            return block.factor(block.matrix.new_full(block.matrix.shape[:1], damping)).solve(x)
 
         return self._map(vector, solve)
 

@@ -9,10 +9,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import programs
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import X, guide, model, param
 from pyro.infer import SVI, Trace_ELBO
 from states import parameters, same
 from torch import Tensor
@@ -29,32 +31,6 @@ from pyronat.errors import (
 from pyronat.steps import ConstantDamping, RunningAverage
 
 Program = Callable[..., Any]
-
-
-def randn(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def param(name: str, seed: int, *shape: int) -> Tensor:
-    return pyro.param(name, lambda: randn(seed, *shape))
-
-
-X = randn(1, 20, 3)
-
-
-def model(x: Tensor) -> None:
-    with pyro.plate("data", x.shape[0]):
-        z = pyro.sample("z", dist.Normal(param("top", 1, 2), 1.0).to_event(1))
-        loc = linear(z, param("W", 2, 3, 2), param("b", 3, 3))
-        scale = param("s", 4).exp()
-        pyro.sample("x", dist.Normal(loc, scale).to_event(1), obs=x)
-
-
-def guide(x: Tensor) -> None:
-    with pyro.plate("data", x.shape[0]):
-        loc = linear(x, param("q.W", 11, 2, 3), param("q.b", 12, 2))
-        pyro.sample("z", dist.Normal(loc, param("q.s", 13).exp()).to_event(1))
 
 
 MODEL_PARAMS = ("W", "b", "s", "top")
@@ -519,12 +495,12 @@ def renamed(names: dict[str, str]) -> tuple[Program, Program]:
 
     def rename(program: Program) -> Program:
         def visit(x: Tensor) -> None:
-            original = globals()["param"]
-            globals()["param"] = lambda name, *rest: original(name_of(name), *rest)
+            original = programs.param
+            programs.param = lambda name, *rest: original(name_of(name), *rest)
             try:
                 program(x)
             finally:
-                globals()["param"] = original
+                programs.param = original
 
         return visit
 
@@ -537,10 +513,10 @@ def test_names_do_not_change_the_trajectory(optimizer: str) -> None:
     names = dict(zip(sorted(MODEL_PARAMS), ("z4", "z3", "z2", "z1"), strict=True))
     names |= dict(zip(sorted(GUIDE_PARAMS), ("y3", "y2", "y1"), strict=True))
     found = {}
-    for label, programs in {"plain": (model, guide), "renamed": renamed(names)}.items():
+    for label, pair in {"plain": (model, guide), "renamed": renamed(names)}.items():
         pyro.clear_param_store()
         pyro.set_rng_seed(3)
-        svi = NaturalSVI(*programs, OPTIMIZERS[optimizer]())
+        svi = NaturalSVI(*pair, OPTIMIZERS[optimizer]())
         for _ in range(12):
             svi.step(X)
         found[label] = parameters()

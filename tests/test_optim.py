@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import X, guide, model, param
 from pyro.optim import Adam
 from states import parameters, same
 from torch import Tensor
@@ -24,30 +25,7 @@ from pyronat.steps import InverseTime, KLTrustRegion, LinearDecay, RunningAverag
 Program = Callable[..., Any]
 
 
-def randn(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def param(name: str, seed: int, *shape: int) -> Tensor:
-    return pyro.param(name, lambda: randn(seed, *shape))
-
-
-X = randn(1, 20, 3)
 BITS = (X > 0).double()
-
-
-def model(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(param("top", 1, 2), 1.0).to_event(1))
-        loc = linear(z, param("W", 2, 3, 2), param("b", 3, 3))
-        pyro.sample("x", dist.Normal(loc, param("s", 4).exp()).to_event(1), obs=x)
-
-
-def guide(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        loc = linear(x, param("q.W", 11, 2, 3), param("q.b", 12, 2))
-        pyro.sample("z", dist.Normal(loc, param("q.s", 13).exp()).to_event(1))
 
 
 def binary_model(x: Tensor) -> None:

@@ -2,9 +2,10 @@
 
 from pyronat import steps, testing
 from pyronat.analysis import analyze
+from pyronat.blocks import ParamBlock
 from pyronat.errors import PyronatError
 from pyronat.geometry import Euclidean, Full
-from pyronat.graph import BayesNet, District, ParamBlock, Site
+from pyronat.graph import BayesNet, District, Site
 from pyronat.infer import NaturalSVI, StepInfo
 from pyronat.optim import NaturalGradient
 from pyronat.rws import ReweightedWakeSleep

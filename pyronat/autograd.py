@@ -79,13 +79,13 @@ class Term:
     """One parameter of a sum of affine maps: a weight with its inputs, or a bias with ones.
 
     Attributes:
-        leaf: weight `[units, inputs]` (or `[inputs, units]` where transposed), or bias.
-        transposed: whether the units are the columns of the leaf.
+        leaf: weight `[units, inputs]` or `[inputs, units]`, or bias.
+        unit_axes: axes of the leaf that number the units.
         inputs: `[rows, inputs]`, detached; a column of ones for a bias.
     """
 
     leaf: Tensor
-    transposed: bool
+    unit_axes: tuple[int, ...]
     inputs: Tensor
 
 
@@ -327,7 +327,7 @@ def _slope(path: Sequence[Edge], theta: Tensor, units: int, gate: SampleGate) ->
 
 def _bias_units(leaf: Tensor, slope: Tensor | None) -> LinearUnits:
     """Units without inputs: every entry of a parameter is a unit of its own."""
-    term = Term(leaf, False, leaf.new_ones(1, 1))
+    term = Term(leaf, tuple(range(leaf.dim())), leaf.new_ones(1, 1))
     return LinearUnits((term,), units=leaf.numel(), rows=1, slope=slope)
 
 
@@ -345,13 +345,14 @@ def _assemble(
     rows = numel // units
     terms = []
     for leaf, transposed, inputs in heads:
+        axes = (1,) if transposed else (0,)
         if inputs is None:
             if leaf.numel() != units or leaf.shape[-1:] != (units,) or rows * units != numel:
                 return None
-            inputs = leaf.new_ones(rows, 1)
+            inputs, axes = leaf.new_ones(rows, 1), (leaf.dim() - 1,)
         if inputs.shape[0] != rows:
             return None
-        terms.append(Term(leaf, transposed, inputs))
+        terms.append(Term(leaf, axes, inputs))
     return LinearUnits(tuple(terms), units, rows, slope(units))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyronat.autograd import LinearUnits, SampleGate, jacobian, linear_units
+from pyronat.blocks import ParamBlock
 from pyronat.errors import (
     BlockTooLarge,
     PyronatError,
@@ -24,12 +26,16 @@ from pyronat.errors import (
     UnsupportedDistribution,
 )
 from pyronat.families import Group, groups, peel
-from pyronat.graph import BayesNet, ParamBlock
+from pyronat.graph import BayesNet
 from pyronat.operators import Layout
+from pyronat.partition import layout_of
 from pyronat.records import SiteRecord
 
 MAX_DENSE_SIZE = 2048
-"""Largest number of entries in one dense block."""
+"""Largest number of entries in one unit of a block that is not linear."""
+
+MAX_JACOBIAN_ENTRIES = 2**14
+"""Largest number of entries of a block that is not linear: columns of a Jacobian."""
 
 _CHUNK_ELEMENTS = 2**22
 """Elements of the temporary that a Gram matrix is summed from."""
@@ -42,13 +48,13 @@ class Plan:
     Attributes:
         blocks: blocks to measure, by name.
         layouts: their layouts, by name.
-        block_of: (site, group of coordinates) → name of the block.
+        blocks_of: (site, group of coordinates) → names of its blocks.
         families: site → name of the family, of all sites of the program.
     """
 
     blocks: dict[str, ParamBlock]
     layouts: dict[str, Layout]
-    block_of: dict[tuple[str, str], str]
+    blocks_of: dict[tuple[str, str], tuple[str, ...]]
     families: dict[str, str]
 
     def owner(self) -> dict[str, str]:
@@ -82,18 +88,16 @@ def make_plan(
             if required:
                 raise obstacle
             del blocks[name]
+    blocks_of: dict[tuple[str, str], tuple[str, ...]] = {}
+    for name, block in blocks.items():
+        for factor in block.factors:
+            blocks_of[factor] = (*blocks_of.get(factor, ()), name)
     return Plan(
         blocks=blocks,
-        layouts={name: layout_of(block, params) for name, block in blocks.items()},
-        block_of={factor: block.name for block in blocks.values() for factor in block.factors},
+        layouts={name: layout_of(block) for name, block in blocks.items()},
+        blocks_of=blocks_of,
         families={site.name: site.family for site in net.sites},
     )
-
-
-def layout_of(block: ParamBlock, params: Mapping[str, Tensor]) -> Layout:
-    """Where the parameters of a block lie in its vectors."""
-    shapes = tuple(tuple(params[name].shape) for name in block.params)
-    return Layout(block.params, shapes, block.transposed, block.count)
 
 
 def _obstacle(block: ParamBlock, net: BayesNet) -> PyronatError | None:
@@ -108,10 +112,17 @@ def _obstacle(block: ParamBlock, net: BayesNet) -> PyronatError | None:
         return UnsupportedDistribution(
             f"no closed-form Fisher information at site {kinds}; {advice}"
         )
-    if block.structure == "dense" and block.size > MAX_DENSE_SIZE:
+    if all(block.linear):
+        return None
+    if block.size > MAX_DENSE_SIZE:
         return BlockTooLarge(
             f"the dense block of {block.name} has {block.size} entries, at most {MAX_DENSE_SIZE} "
             f"are formed; {advice}"
+        )
+    if block.num_entries > MAX_JACOBIAN_ENTRIES:
+        return BlockTooLarge(
+            f"{block.name} has {block.num_entries} entries that are not linear units, at most "
+            f"{MAX_JACOBIAN_ENTRIES} are differentiated; {advice}"
         )
     return None
 
@@ -167,7 +178,7 @@ class Factor:
         units: number of linear units, or 1.
         inputs: inputs of linear units `[rows, fan_in]`, in the order of the block, or None.
         slope: ∂θ/∂(preactivation) `[repeats * rows, units]`, or None where it is 1.
-        jacobian: ∂θ/∂(entries) `[batch * size, entries]`, or None for linear units.
+        jacobian: ∂θ/∂(entries) `[batch * coordinates, units, size]`, or None for linear units.
     """
 
     block: str
@@ -196,7 +207,7 @@ class Factor:
         if self.inputs is not None:
             curvature = self._of_units(spread, self.inputs, with_matrix)
         else:
-            curvature = self._of_entries(spread, weights.sum(), with_matrix)
+            curvature = self._of_entries(spread, with_matrix)
         return replace(curvature, leverage=curvature.leverage * scale)
 
     def _of_units(self, spread: Tensor, inputs: Tensor, with_matrix: bool) -> Curvature:
@@ -214,11 +225,11 @@ class Factor:
             reach=2 * reference.sqrt() * (share @ inputs.abs().sum(1)),
         )
 
-    def _of_entries(self, spread: Tensor, total: Tensor, with_matrix: bool) -> Curvature:
+    def _of_entries(self, spread: Tensor, with_matrix: bool) -> Curvature:
         assert self.jacobian is not None
         size = self.fisher.shape[-1]
         fisher = self.fisher.reshape(-1, size, size)
-        jacobian = self.jacobian.reshape(len(fisher), size, -1)
+        jacobian = self.jacobian.unflatten(0, (len(fisher), size)).movedim(2, 0)
         flat = spread.reshape(-1)
         tiny = torch.finfo(flat.dtype).tiny
         if self.bound is None:
@@ -226,17 +237,30 @@ class Factor:
         else:
             bound = torch.as_tensor(self.bound, dtype=flat.dtype).expand(spread.shape).reshape(-1)
             reference = bound[:, None, None] * torch.eye(size, dtype=flat.dtype, device=flat.device)
-        leverage = (flat[:, None, None] * (reference @ jacobian) * jacobian).sum()
+        leverage = (flat[:, None, None] * (reference @ jacobian) * jacobian).sum((1, 2, 3))
         norms = reference.diagonal(dim1=1, dim2=2).sqrt() * jacobian.abs().sum(-1)
         matrix = None
         if with_matrix:
             weighted = (flat[:, None, None] * fisher) @ jacobian
-            matrix = (jacobian.flatten(0, 1).mT @ weighted.flatten(0, 1)).unsqueeze(0)
+            matrix = jacobian.flatten(1, 2).mT @ weighted.flatten(1, 2)
+        # A unit that only some data reach, as the row of a table, is judged by those.
+        touched = (norms.amax(-1) > 0) * flat
+        elements = spread.shape[spread.dim() - self._joined_dims() :].numel()
+        data = touched.reshape(len(touched), -1, elements).amax(-1)
         return Curvature(
             matrix,
-            leverage=(leverage / total.clamp_min(tiny)).reshape(1),
-            reach=(2 * (flat @ norms.amax(-1)) / flat.sum().clamp_min(tiny)).reshape(1),
+            leverage=leverage / data.sum(1).clamp_min(tiny),
+            reach=2 * (norms.amax(-1) @ flat) / touched.sum(1).clamp_min(tiny),
         )
+
+    def _joined_dims(self) -> int:
+        """Rightmost batch dimensions of the base distribution that make up one event."""
+        inner: Any = self.record.distribution
+        dims = 0
+        while hasattr(inner, "base_dist"):
+            dims += getattr(inner, "reinterpreted_batch_ndims", 0)
+            inner = inner.base_dist
+        return dims
 
 
 def spread_weights(weights: Tensor, distribution: Distribution) -> Tensor:
@@ -303,13 +327,15 @@ def observe(
     """
     check_sites(records, plan)
     gate = SampleGate([record.value for record in records])
+    sites = {site for site, _ in plan.blocks_of}
     try:
         return [
-            _factor(record, group, plan, params, gate)
+            factor
             for record in records
-            if any(site == record.name for site, _ in plan.block_of)
+            if record.name in sites
             for group in groups(peel(record.distribution).base)
-            if (record.name, group.name) in plan.block_of
+            if (record.name, group.name) in plan.blocks_of
+            for factor in _factors(record, group, plan, params, gate)
         ]
     finally:
         gate.remove()
@@ -335,35 +361,62 @@ def check_sites(records: Sequence[SiteRecord], plan: Plan) -> None:
         )
 
 
-def _factor(
+def _factors(
     record: SiteRecord, group: Group, plan: Plan, params: Mapping[str, Tensor], gate: SampleGate
-) -> Factor:
-    name = plan.block_of[record.name, group.name]
-    block = plan.blocks[name]
-    factor = Factor(name, record, group.fisher, group.bound, block.count)
-    if block.structure == "unit":
+) -> list[Factor]:
+    """What one group of coordinates contributes to each of its blocks."""
+    names = plan.blocks_of[record.name, group.name]
+    factors = [
+        Factor(name, record, group.fisher, group.bound, plan.blocks[name].count) for name in names
+    ]
+    first = plan.blocks[names[0]]
+    if first.linear[first.factors.index((record.name, group.name))]:
         units = linear_units(group.coordinates[0], gate)
-        if units is None or units.units != block.count:
+        if units is None or units.units != first.count:
             raise StructureChanged(
-                f"site {record.name!r} is no longer a layer of {block.count} linear units of "
-                f"{block.name}, as it was at the first step"
+                f"site {record.name!r} is no longer a layer of {first.count} linear units of "
+                f"{first.name}, as it was when it was analyzed"
             )
-        return replace(factor, inputs=_ordered_inputs(units, block, params), slope=units.slope)
-    leaves = [params[param] for param in block.params]
+        inputs = _ordered_inputs(units, first, params)
+        return [replace(factors[0], inputs=inputs, slope=units.slope)]
+    used = sorted({param for name in names for param in plan.blocks[name].params})
+    columns = _jacobian(group, [params[param] for param in used], gate)
+    starts = dict(
+        zip(used, accumulate((params[name].numel() for name in used), initial=0), strict=False)
+    )
+    positions = {
+        name: torch.arange(start, start + params[name].numel()).reshape(params[name].shape)
+        for name, start in starts.items()
+    }
+    return [
+        replace(factor, jacobian=columns[:, plan.layouts[name].pack(positions)])
+        for name, factor in zip(names, factors, strict=True)
+    ]
+
+
+def _jacobian(group: Group, leaves: Sequence[Tensor], gate: SampleGate) -> Tensor:
+    """Derivatives of all coordinates `[batch * coordinates, entries]`."""
     size = group.size // len(group.coordinates)
     parts = [
         jacobian(coordinate, leaves, gate).reshape(-1, size, sum(map(Tensor.numel, leaves)))
         for coordinate in torch.broadcast_tensors(*group.coordinates)
     ]
-    return replace(factor, jacobian=torch.cat(parts, 1).flatten(0, 1))
+    return torch.cat(parts, 1).flatten(0, 1)
 
 
 def _ordered_inputs(units: LinearUnits, block: ParamBlock, params: Mapping[str, Tensor]) -> Tensor:
+    """Inputs of the units in the order of the block, zeros for parameters of other factors."""
     inputs = {id(term.leaf): term.inputs for term in units.terms}
-    columns = [inputs.get(id(params[name])) for name in block.params]
-    if any(column is None for column in columns) or len(inputs) != len(columns):
+    rows = next(iter(inputs.values()))
+    columns = [
+        inputs[id(params[name])]
+        if id(params[name]) in inputs
+        else rows.new_zeros(len(rows), params[name].numel() // block.count)
+        for name in block.params
+    ]
+    if not inputs.keys() <= {id(params[name]) for name in block.params}:
         raise StructureChanged(f"the linear units of {block.name} use other parameters than before")
-    return torch.cat([column for column in columns if column is not None], 1)
+    return torch.cat(columns, 1)
 
 
 def total_curvature(

@@ -1,18 +1,17 @@
-"""Which labeled values an operation's result depends on, seen below autograd.
+"""What the elements of tensors depend on, followed below autograd while a program runs.
 
-Labels live in a mirror of the storage: every storage that carries labels has a *shadow*, an
-integer tensor of the same layout whose bits are labels. Views share storage, so they share labels
-without any rule; detached, indexed, in-place and no-grad operations are all seen, because every
-operation passes the dispatcher. An unknown operation joins all its inputs into all its outputs: a
-result may carry a label too many, never one too few. Values that leave for Python (`.item()`,
-`if`, `.numpy()`) are recorded as escapes.
+Labels live in a mirror of the storage: every storage that carries labels has a shadow of the same
+layout. Views share storage, so they share labels without any rule; detached, indexed, in-place and
+no-grad operations are all seen, because every operation passes the dispatcher. `flow_rules` says
+how an operation joins its inputs; an unknown operation joins all of them into all its outputs: a
+result may depend on too much, never on too little. Values that leave for Python (`.item()`, `if`,
+`.numpy()`) are recorded as escapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import reduce
 from typing import Any
 
 import torch
@@ -21,35 +20,39 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Labels = frozenset[str]
+from pyronat.flow_rules import Operation, result_shadows
+from pyronat.lattices import Lattice
 
-_PLANE = 62
-"""Labels in one plane of a shadow: bits of a signed 64-bit integer."""
-
-_ESCAPING = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr, torch.tensor)
+_READING = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr, torch.tensor})
 """Functions that read values without passing the dispatcher."""
+
+_BUILDING = frozenset({torch.tensor, torch.as_tensor, torch.asarray})
+"""Functions that make a tensor of a nested list, whose numbers may be tensors."""
 
 
 class Dataflow:
-    """Follows labels through torch operations while active.
+    """Follows what tensor elements depend on, while active.
+
+    Args:
+        lattice: represents sets of labels and joins them.
 
     Example:
-        >>> flow = Dataflow(["a"])
+        >>> from pyronat.lattices import LabelSets
+        >>> sets = LabelSets(["a", "b"])
+        >>> flow = Dataflow(sets)
         >>> a = torch.zeros(2)
         >>> with flow.active():
-        ...     flow.mark(a, "a")
+        ...     flow.mark(a, sets.of("a"))
         ...     b = a.detach() + 1
-        >>> sorted(flow.labels(b))
-        ['a']
+        >>> sets.decode(flow.joined(b))
+        frozenset({'a'})
     """
 
-    def __init__(self, labels: Sequence[str]) -> None:
-        """Prepares shadows for a fixed set of labels."""
-        self._bits = {label: divmod(index, _PLANE) for index, label in enumerate(labels)}
-        self._planes = 1 + max(len(labels) - 1, 0) // _PLANE
-        self._shadows: dict[int, tuple[Any, Tensor]] = {}
-        self.escaped: Labels = frozenset()
+    def __init__(self, lattice: Lattice) -> None:
+        self.lattice = lattice
+        self.escaped = torch.zeros(lattice.planes, dtype=torch.int64)
         self.watching = False
+        self._memory: dict[int, _Mirror] = {}
 
     @contextmanager
     def active(self) -> Generator[None, None, None]:
@@ -72,167 +75,113 @@ class Dataflow:
         finally:
             self.watching = before
 
-    def mark(self, tensor: Tensor, label: str) -> None:
-        """Gives every element of a tensor one label, and no other."""
-        plane, bit = self._bits[label]
-        with self.paused():
-            shadow = self._shadow_of(tensor, create=True)
-            assert shadow is not None
-            shadow.zero_()
-            shadow[plane] = 1 << bit
+    def mark(self, tensor: Tensor, labels: Tensor) -> None:
+        """Gives a tensor labels, and no others.
 
-    def labels(self, *tensors: Tensor) -> Labels:
-        """All labels that any element of the tensors carries."""
+        Args:
+            tensor: any tensor with a storage.
+            labels: `[planes]`, the same for all elements, or a shadow `[planes, *shape]`.
+        """
         with self.paused():
-            joined = self._join_all(tensors)
-        return frozenset() if joined is None else self._decode(joined)
+            width = labels.dim() - 1
+            spread = labels.reshape(
+                len(labels), *[1] * (tensor.dim() - width if width == 0 else 0), *labels.shape[1:]
+            )
+            self.write(tensor, spread.expand(len(labels), *tensor.shape))
+
+    def shadow(self, tensor: Tensor) -> Tensor:
+        """What each element depends on, `[planes, *shape]`."""
+        with self.paused():
+            return self._read(tensor)
+
+    def joined(self, *tensors: Tensor) -> Tensor:
+        """What any element of the tensors depends on, `[planes]`."""
+        with self.paused():
+            marked = [tensor for tensor in tensors if self.carries(tensor)]
+            sets = [self.lattice.join_elements(self._read(tensor)) for tensor in marked]
+            nothing = torch.zeros(self.lattice.planes, dtype=torch.int64)
+            return self.lattice.join_many([nothing, *sets])
 
     def escape(self, *tensors: Tensor) -> None:
         """Records that values left for Python."""
-        self.escaped |= self.labels(*tensors)
+        found = self.joined(*tensors)
+        with self.paused():
+            self.escaped = self.lattice.join(self.escaped, found)
 
-    def propagate(self, function: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    def carries(self, tensor: Tensor) -> bool:
+        """Whether the memory of a tensor carries labels."""
+        return tensor.layout == torch.strided and _address(tensor) in self._memory
+
+    def propagate(self, operation: Operation) -> None:
         """Labels the outputs of an operation by its rule."""
-        if function in _OVERWRITING:
-            inputs = inputs[1:]
-        if not any(self._shadow_of(tensor) is not None for tensor in inputs):
-            for tensor in outputs:
-                self._write(tensor, None)
+        if not any(map(self.carries, operation.read)):
+            for tensor in operation.written:
+                self.write(tensor, None)
             return
-        rule = _rule_for(function)
-        for tensor in outputs:
-            self._write(tensor, rule(self, inputs, tensor))
+        shadows = result_shadows(operation, self._read, self.lattice)
+        for tensor, shadow in zip(operation.written, shadows, strict=True):
+            self.write(tensor, shadow)
 
-    def join_all(self, inputs: Sequence[Tensor], output: Tensor) -> Tensor | None:
-        """The safe rule: every output element depends on every input element."""
-        joined = self._join_all(inputs)
-        return None if joined is None else joined.reshape(-1, *[1] * output.dim())
+    def _read(self, tensor: Tensor) -> Tensor:
+        planes = self.lattice.planes
+        mirror = self._memory.get(_address(tensor)) if tensor.layout == torch.strided else None
+        if mirror is None:
+            return torch.zeros(planes, *[1] * tensor.dim(), dtype=torch.int64).expand(
+                planes, *tensor.shape
+            )
+        if mirror.element_size != tensor.element_size():
+            everything = self.lattice.join_elements(mirror.labels)
+            return everything.reshape(planes, *[1] * tensor.dim()).expand(planes, *tensor.shape)
+        return mirror.view(tensor)
 
-    def join_pointwise(self, inputs: Sequence[Tensor], output: Tensor) -> Tensor | None:
-        """The rule of pointwise operations: broadcast and join."""
-        shadows = [shadow for shadow in map(self._shadow_of, inputs) if shadow is not None]
-        if not shadows or any(shadow.dim() > output.dim() + 1 for shadow in shadows):
-            return self.join_all(inputs, output)
-        aligned = [
-            shadow.reshape(len(shadow), *[1] * (output.dim() + 1 - shadow.dim()), *shadow.shape[1:])
-            for shadow in shadows
-        ]
-        return reduce(torch.bitwise_or, aligned)
-
-    def join_matrix_product(self, inputs: Sequence[Tensor], output: Tensor) -> Tensor | None:
-        """The rule of `mm`: a row of the left factor, a column of the right one."""
-        *added, left, right = inputs
-        if output.dim() != 2 or left.dim() != 2 or right.dim() != 2:
-            return self.join_all(inputs, output)
-        parts = [
-            self._reduced(left, 1),
-            self._reduced(right, 0),
-            *(self.join_pointwise([tensor], output) for tensor in added),
-        ]
-        known = [part for part in parts if part is not None]
-        return reduce(torch.bitwise_or, known) if known else None
-
-    def _reduced(self, tensor: Tensor, dim: int) -> Tensor | None:
-        shadow = self._shadow_of(tensor)
-        return None if shadow is None else _join_along(shadow, dim + 1)
-
-    def _shadow_of(self, tensor: Tensor, create: bool = False) -> Tensor | None:
+    def write(self, tensor: Tensor, shadow: Tensor | None) -> None:
+        """Replaces the labels of a tensor's memory, None for nothing."""
         if tensor.layout != torch.strided:
-            return None
-        storage = tensor.untyped_storage()
-        entry = self._shadows.get(storage._cdata)
-        if entry is None:
-            if not create:
-                return None
-            size = max(storage.nbytes() // max(tensor.element_size(), 1), 1)
-            # The storage is kept alive with its shadow, so that its address is not used again.
-            entry = (storage, torch.zeros(self._planes, size, dtype=torch.int64))
-            self._shadows[storage._cdata] = entry
-        shadow = entry[1]
-        return shadow.as_strided(
-            (self._planes, *tensor.shape),
-            (shadow.shape[1], *tensor.stride()),
+            if shadow is not None:
+                # As those of sparse tensors: they cannot be followed.
+                self.escaped = self.lattice.join(self.escaped, self.lattice.join_elements(shadow))
+            return
+        mirror = self._memory.get(_address(tensor))
+        if mirror is None:
+            if shadow is None:
+                return
+            mirror = self._memory[_address(tensor)] = _Mirror(tensor, self.lattice.planes)
+        if mirror.element_size != tensor.element_size():
+            if shadow is not None:
+                both = [self.lattice.join_elements(labels) for labels in (mirror.labels, shadow)]
+                mirror.labels.copy_(self.lattice.join(*both).unsqueeze(1))
+            return
+        view = mirror.view(tensor)
+        if shadow is None:
+            view.zero_()
+            return
+        repeated = [d for d, s in enumerate(tensor.stride()) if s == 0 and tensor.shape[d] > 1]
+        shadow = shadow.expand(view.shape)
+        if repeated:
+            # Elements of an expanded tensor share memory.
+            shadow = self.lattice.join_along(shadow, repeated).expand(view.shape)
+        view.copy_(shadow)
+
+
+class _Mirror:
+    """Labels of one storage; it keeps the storage alive, so that its address is not used again."""
+
+    def __init__(self, tensor: Tensor, planes: int) -> None:
+        self.storage = tensor.untyped_storage()
+        self.element_size = max(tensor.element_size(), 1)
+        size = max(self.storage.nbytes() // self.element_size, 1)
+        self.labels = torch.zeros(planes, size, dtype=torch.int64)
+
+    def view(self, tensor: Tensor) -> Tensor:
+        return self.labels.as_strided(
+            (len(self.labels), *tensor.shape),
+            (self.labels.shape[1], *tensor.stride()),
             tensor.storage_offset(),
         )
 
-    def _join_all(self, tensors: Iterable[Tensor]) -> Tensor | None:
-        shadows = [shadow for shadow in map(self._shadow_of, tensors) if shadow is not None]
-        if not shadows:
-            return None
-        return reduce(torch.bitwise_or, map(_join_elements, shadows))
 
-    def _write(self, tensor: Tensor, labels: Tensor | None) -> None:
-        if tensor.layout != torch.strided:
-            if labels is not None:
-                # As those of sparse tensors: they cannot be followed.
-                self.escaped |= self._decode(_join_elements(labels))
-            return
-        shadow = self._shadow_of(tensor, create=labels is not None)
-        if shadow is None:
-            return
-        # Elements of an expanded tensor share memory: their labels are joined by the caller.
-        if labels is None:
-            shadow.zero_()
-        else:
-            shadow.copy_(labels.expand(shadow.shape))
-
-    def _decode(self, joined: Tensor) -> Labels:
-        """The labels whose bits are set in joined planes `[planes]`."""
-        planes = joined.tolist()
-        return frozenset(
-            label for label, (plane, bit) in self._bits.items() if planes[plane] >> bit & 1
-        )
-
-
-def _join_elements(shadow: Tensor) -> Tensor:
-    """Bitwise or over all elements of a shadow, `[planes]`."""
-    return _join_along(shadow.reshape(len(shadow), -1), 1).flatten()
-
-
-def _join_along(shadow: Tensor, dim: int) -> Tensor:
-    """Bitwise or along a dimension, which is kept with size 1."""
-    while shadow.shape[dim] > 1:
-        half = shadow.shape[dim] // 2
-        left, right = shadow.narrow(dim, 0, half), shadow.narrow(dim, half, half)
-        rest = shadow.narrow(dim, 2 * half, shadow.shape[dim] - 2 * half)
-        shadow = torch.cat([left | right, rest], dim)
-    if shadow.shape[dim] == 0:
-        return shadow.new_zeros([1 if d == dim else n for d, n in enumerate(shadow.shape)])
-    return shadow
-
-
-Rule = Callable[[Dataflow, Sequence[Tensor], Tensor], "Tensor | None"]
-
-_OVERWRITING = {
-    torch.ops.aten.copy_.default,
-    torch.ops.aten.fill_.Scalar,
-    torch.ops.aten.fill_.Tensor,
-    torch.ops.aten.zero_.default,
-    torch.ops.aten.empty_like.default,
-    torch.ops.aten.full_like.default,
-    torch.ops.aten.ones_like.default,
-    torch.ops.aten.rand_like.default,
-    torch.ops.aten.randn_like.default,
-    torch.ops.aten.zeros_like.default,
-    torch.ops.aten.new_empty.default,
-    torch.ops.aten.new_full.default,
-    torch.ops.aten.new_ones.default,
-    torch.ops.aten.new_zeros.default,
-}
-"""Operations that take from their first argument its shape or its memory, not its values."""
-
-_MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-
-
-def _rule_for(function: Any) -> Rule:
-    if function in _MATRIX_PRODUCTS:
-        return Dataflow.join_matrix_product
-    pointwise = torch.Tag.pointwise in function.tags or function in {
-        torch.ops.aten.clone.default,
-        torch.ops.aten._to_copy.default,
-        torch.ops.aten.copy_.default,
-    }
-    return Dataflow.join_pointwise if pointwise else Dataflow.join_all
+def _address(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 class _DispatchWatch(TorchDispatchMode):
@@ -250,17 +199,16 @@ class _DispatchWatch(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        result = func(*args, **kwargs)
         if not self.flow.watching or func.is_view:
-            return result
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if func is torch.ops.aten._local_scalar_dense.default or not outputs:
-            self.flow.escape(*inputs)
-        else:
-            with self.flow.paused():
-                self.flow.propagate(func, inputs, outputs)
-        return result
+            return func(*args, **kwargs)
+        with self.flow.paused():
+            operation = Operation.of(func, args, kwargs)
+            operation.result = func(*args, **kwargs)
+            if func is torch.ops.aten._local_scalar_dense.default or not operation.written:
+                self.flow.escape(*operation.read)
+            else:
+                self.flow.propagate(operation)
+        return operation.result
 
 
 class _FunctionWatch(TorchFunctionMode):
@@ -280,24 +228,55 @@ class _FunctionWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.flow.watching:
             return func(*args, **kwargs)
-        if func in _ESCAPING:
+        if func in _BUILDING and args and isinstance(args[0], (list, tuple)):
+            return self._built(func, args, kwargs)
+        if func in _READING:
             self.flow.escape(*[leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)])
-        if func is Tensor.__getitem__ and _has_scalar_index(args[1]):
-            return self._select(*args)
+        if func is Tensor.__getitem__:
+            return _selected(args[0], args[1])
         return func(*args, **kwargs)
 
-    def _select(self, tensor: Tensor, index: Any) -> Tensor:
-        """`tensor[z]` with a 0-d integer z: torch turns z into a Python number; it is data."""
+    def _built(self, func: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
+        """`torch.tensor([x, y])`: torch turns x and y into Python numbers; they are data."""
         with self.flow.paused():
-            result = tensor[index].clone()
-            inputs = [tensor, *(leaf for leaf in tree_leaves(index) if isinstance(leaf, Tensor))]
-            self.flow._write(result, self.flow.join_all(inputs, result))
+            result = func(*args, **kwargs)
+            parts = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, Tensor)]
+            if any(map(self.flow.carries, parts)):
+                self.flow.mark(result, self.flow.joined(*parts))
         return result
 
 
-def _has_scalar_index(index: Any) -> bool:
+def _selected(tensor: Tensor, index: Any) -> Tensor:
+    """`tensor[index]`, where 0-d integer tensors stay data instead of becoming Python numbers."""
     parts = index if isinstance(index, tuple) else (index,)
-    return any(
-        isinstance(part, Tensor) and part.dim() == 0 and not part.is_floating_point()
-        for part in parts
+    scalars = [i for i, part in enumerate(parts) if _is_scalar_index(part)]
+    others = [part for part in parts if isinstance(part, (list, Tensor))]
+    if not scalars or len(others) > len(scalars):
+        return tensor[index]
+    widened = tuple(part.reshape(1) if i in scalars else part for i, part in enumerate(parts))
+    adjacent = not any(
+        isinstance(part, slice) or part is None or part is Ellipsis
+        for part in parts[scalars[0] : scalars[-1]]
     )
+    return tensor[widened].squeeze(_dims_before(tensor, parts, scalars[0]) if adjacent else 0)
+
+
+def _is_scalar_index(part: Any) -> bool:
+    return (
+        isinstance(part, Tensor)
+        and part.dim() == 0
+        and not part.is_floating_point()
+        and part.dtype != torch.bool
+    )
+
+
+def _dims_before(tensor: Tensor, parts: Sequence[Any], stop: int) -> int:
+    """Dimensions of `tensor[parts]` that the parts before one of them give rise to."""
+    consumed = sum(part is not None and part is not Ellipsis for part in parts)
+    dims = 0
+    for part in parts[:stop]:
+        if part is Ellipsis:
+            dims += tensor.dim() - consumed
+        elif part is None or isinstance(part, slice):
+            dims += 1
+    return dims

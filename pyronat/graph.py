@@ -6,13 +6,15 @@ Static, hashable structure on networkx; no tensor, no torch, no Pyro.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal
 
 import networkx as nx
+
+from pyronat.blocks import ParamBlock
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Site:
         params: names of the parameters that the distribution depends on, other sites held fixed.
         reads_data: observed sites whose data the distribution reads from the program's arguments,
             not from the site's value; such a program cannot be run on simulated data.
+        coupled_plates: plates along which an element of the distribution depends on values or
+            arguments of other elements, as after BatchNorm; their elements are not independent.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Site:
     event_dim: int
     params: tuple[str, ...]
     reads_data: tuple[str, ...] = ()
+    coupled_plates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,39 +62,6 @@ class Edge:
 
 
 @dataclass(frozen=True)
-class ParamBlock:
-    """Parameter entries whose Fisher information is orthogonal to that of all others.
-
-    Attributes:
-        params: parameter names, sorted.
-        sites: sites whose Fisher information is summed in the block, in program order.
-        structure: "unit": `count` independent blocks, each of the entries of one unit (a row of
-            every parameter); "dense": one block over all entries.
-        count: number of independent blocks.
-        size: number of entries in each.
-        exact: whether the Fisher information is a closed form rather than an approximation.
-        transposed: for each parameter, whether its units are columns rather than rows.
-        factors: the (site, group of coordinates) pairs that the block is summed over.
-        plates: names of the plates common to all sites.
-    """
-
-    params: tuple[str, ...]
-    sites: tuple[str, ...]
-    structure: Literal["unit", "dense", "kronecker", "diagonal"]
-    count: int
-    size: int
-    exact: bool
-    transposed: tuple[bool, ...]
-    factors: tuple[tuple[str, str], ...]
-    plates: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The parameter names, joined."""
-        return ", ".join(self.params)
-
-
-@dataclass(frozen=True)
 class District:
     """Families linked by shared hidden variables; the visible metric is block diagonal over them.
 
@@ -97,11 +69,14 @@ class District:
         sites: members, sorted.
         hidden: the latent ones among the members.
         params: parameters of the members, sorted.
+        replicates: plates whose elements are independent copies of the district, given the
+            parameters: all members lie inside and nothing couples the elements.
     """
 
     sites: tuple[str, ...]
     hidden: tuple[str, ...]
     params: tuple[str, ...]
+    replicates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,9 +144,26 @@ class BayesNet:
                     sites=tuple(site.name for site in sites),
                     hidden=tuple(site.name for site in sites if site.kind == "latent"),
                     params=tuple(sorted({name for site in sites for name in site.params})),
+                    replicates=_replicates(sites),
                 )
             )
         return tuple(sorted(districts, key=lambda district: district.sites))
+
+    def d_separated(self, first: Set[str], second: Set[str], given: Set[str] = frozenset()) -> bool:
+        """Whether every path between two sets of sites is blocked by a third one (Pearl 1988).
+
+        Then the first set is independent of the second one given the third, whatever the
+        parameters are.
+
+        Args:
+            first: names of sites.
+            second: names of sites.
+            given: names of sites.
+
+        Returns:
+            Whether the sets are d-separated.
+        """
+        return bool(nx.is_d_separator(self.graph, set(first), set(second), set(given)))
 
     def moral_graph(self) -> nx.Graph:
         """The undirected graph that marries the parents of every site."""
@@ -260,6 +252,16 @@ class BayesNet:
         for district in self.districts:
             hidden = ", ".join(district.hidden) or "none"
             yield f"  {', '.join(district.sites)}; hidden: {hidden}"
+
+
+def _replicates(members: Sequence[Site]) -> tuple[str, ...]:
+    """Plates around all members along which no member is coupled, outermost first."""
+    coupled = {plate for site in members for plate in site.coupled_plates}
+    return tuple(
+        plate
+        for plate in members[0].plates
+        if plate not in coupled and all(plate in site.plates for site in members)
+    )
 
 
 def _dot_text(text: str) -> str:

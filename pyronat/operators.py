@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,41 +19,118 @@ JITTERS = (0.0, 1e-7, 1e-6, 1e-5, 1e-4)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How parameters are laid out in a block of `count` vectors of length `size`.
+class Layout(ABC):
+    """How parameter entries are laid out in a block of `count` vectors of length `size`.
 
     Attributes:
         names: parameter names.
         shapes: their shapes.
-        transposed: whether the vectors run along columns (of a matrix) rather than rows.
-        count: number of vectors.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    transposed: tuple[bool, ...]
-    count: int
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Number of vectors."""
+
+    @abstractmethod
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Parameters by name → `[count, size]`."""
+
+    @abstractmethod
+    def unpack(self, vectors: Tensor) -> dict[str, Tensor]:
+        """`[count, size]` → parameters by name, zero outside the block."""
+
+    def positions(self) -> Tensor:
+        """Place of every entry in the concatenation of the flattened parameters `[count, size]`."""
+        starts = accumulate((prod(shape) for shape in self.shapes), initial=0)
+        return self.pack({
+            name: torch.arange(start, start + prod(shape), device="cpu").reshape(shape)
+            for name, shape, start in zip(self.names, self.shapes, starts, strict=False)
+        })
+
+
+@dataclass(frozen=True)
+class AxesLayout(Layout):
+    """Vectors that axes of every parameter number.
+
+    Attributes:
+        axes: for each parameter, the axes that number the vectors, in row-major order.
+    """
+
+    axes: tuple[tuple[int, ...], ...]
+
+    @property
+    def count(self) -> int:
+        """Number of vectors."""
+        return prod(self.shapes[0][axis] for axis in self.axes[0])
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Parameters by name → `[count, size]`."""
-        rows = [
-            (values[name].mT if transposed else values[name]).reshape(self.count, -1)
-            for name, transposed in zip(self.names, self.transposed, strict=True)
-        ]
-        return torch.cat(rows, 1)
+        count = self.count
+        return torch.cat(
+            [
+                values[name].permute(self._order(i)).reshape(count, -1)
+                for i, name in enumerate(self.names)
+            ],
+            1,
+        )
 
     def unpack(self, vectors: Tensor) -> dict[str, Tensor]:
         """`[count, size]` → parameters by name."""
+        parts = vectors.split([prod(shape) // self.count for shape in self.shapes], 1)
         values = {}
-        parts = vectors.split([self._length(shape) for shape in self.shapes], 1)
-        for name, shape, transposed, part in zip(
-            self.names, self.shapes, self.transposed, parts, strict=True
-        ):
-            values[name] = part.reshape(shape[::-1]).mT if transposed else part.reshape(shape)
+        for i, (name, shape, part) in enumerate(zip(self.names, self.shapes, parts, strict=True)):
+            order = self._order(i)
+            places = sorted(range(len(order)), key=order.__getitem__)
+            values[name] = part.reshape([shape[axis] for axis in order]).permute(places)
         return values
 
-    def _length(self, shape: Sequence[int]) -> int:
-        return torch.Size(shape).numel() // self.count
+    def _order(self, index: int) -> tuple[int, ...]:
+        """Axes of a parameter, those that number the vectors first."""
+        axes = self.axes[index]
+        return (*axes, *(a for a in range(len(self.shapes[index])) if a not in axes))
+
+
+@dataclass(frozen=True)
+class EntriesLayout(Layout):
+    """Vectors that are listed entry by entry.
+
+    Attributes:
+        entries: `[count][size]` positions in the concatenation of the flattened parameters.
+    """
+
+    entries: tuple[tuple[int, ...], ...]
+
+    @property
+    def count(self) -> int:
+        """Number of vectors."""
+        return len(self.entries)
+
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Parameters by name → `[count, size]`."""
+        flat = torch.cat([values[name].reshape(-1) for name in self.names])
+        return flat[self._index.to(flat.device)]
+
+    def unpack(self, vectors: Tensor) -> dict[str, Tensor]:
+        """`[count, size]` → parameters by name, zero outside the block."""
+        lengths = [prod(shape) for shape in self.shapes]
+        flat = vectors.new_zeros(sum(lengths))
+        flat[self._index.to(flat.device)] = vectors
+        parts = zip(self.names, flat.split(lengths), self.shapes, strict=True)
+        return {name: part.reshape(shape) for name, part, shape in parts}
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return torch.tensor(self.entries, device="cpu")
+
+
+def add_parts(total: dict[str, Tensor], part: Mapping[str, Tensor]) -> None:
+    """Adds what one block says about its parameters to what other blocks say."""
+    for name, value in part.items():
+        total[name] = total[name] + value if name in total else value
 
 
 @dataclass(frozen=True)

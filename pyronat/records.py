@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyronat.dataflow import Labels
-
 
 @dataclass(frozen=True)
 class Plate:
@@ -71,23 +69,6 @@ class SiteRecord:
         """Floating type of the distribution's tensors."""
         tensors = distribution_tensors(self.distribution)
         return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
-
-
-@dataclass(frozen=True)
-class SiteStructure:
-    """What the analysis run of a program found at one site.
-
-    Attributes:
-        record: the site in that run; sample values are constants.
-        parents: sites whose values the distribution reads through tensors.
-        control: sites whose values left for Python before this site.
-        data: sites whose observed data the distribution reads from the arguments' memory.
-    """
-
-    record: SiteRecord
-    parents: Labels
-    control: Labels
-    data: Labels
 
 
 @dataclass(frozen=True)

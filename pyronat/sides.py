@@ -13,7 +13,7 @@ from pyronat.curvature import Curvature, Plan, mix
 from pyronat.errors import CheckpointMismatch, PyronatError
 from pyronat.geometry import Geometry
 from pyronat.graph import BayesNet
-from pyronat.operators import BlockMatrix, CholeskyFactor
+from pyronat.operators import BlockMatrix, CholeskyFactor, add_parts
 from pyronat.steps import Damping, RunningAverage
 
 Role: TypeAlias = Literal["model", "guide"]
@@ -86,11 +86,11 @@ class Side:
 
     def reach(self) -> dict[str, Tensor]:
         """Reach of every parameter entry, by parameter name."""
-        reach = {}
+        reach: dict[str, Tensor] = {}
         for name, curvature in self.average.items():
             layout = self.plan.layouts[name]
             size = self.plan.blocks[name].size
-            reach.update(layout.unpack(curvature.reach.unsqueeze(1).expand(-1, size)))
+            add_parts(reach, layout.unpack(curvature.reach.unsqueeze(1).expand(-1, size)))
         return reach
 
     def directions(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -123,7 +123,7 @@ class Side:
                     entries,
                 ])
             )
-            directions.update(layout.unpack(direction))
+            add_parts(directions, layout.unpack(direction))
         return directions, products
 
     def state(self) -> dict[str, Any]:

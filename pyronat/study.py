@@ -20,7 +20,7 @@ from pyronat.expectation import (
 )
 from pyronat.geometry import Full, Geometry
 from pyronat.graph import BayesNet
-from pyronat.operators import BlockMatrix, Layout
+from pyronat.operators import BlockMatrix, Layout, add_parts
 from pyronat.tracing import dream
 
 
@@ -91,7 +91,7 @@ class Fisher:
     ) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
         for name, layout in self.layouts.items():
-            result.update(layout.unpack(function(name, layout.pack(vector))))
+            add_parts(result, layout.unpack(function(name, layout.pack(vector))))
         return dict(sorted(result.items()))
 
 

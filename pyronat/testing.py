@@ -26,6 +26,8 @@ from torch import Tensor
 from torch import distributions as dist
 
 from pyronat.errors import NotEnumerable, UnsupportedProgram
+from pyronat.graph import BayesNet
+from pyronat.partition import components_of
 
 MAX_STATES = 2**16
 """Largest number of joint states that is enumerated."""
@@ -258,6 +260,19 @@ def visible_kl_divergence(
         after = _tabulate(model, args, kwargs, with_scores=False)
     probs = _group_sum(before.probs, before.visible)
     return probs @ (probs / _group_sum(after.probs, after.visible)).log()
+
+
+def entry_blocks(net: BayesNet) -> dict[str, Tensor]:
+    """Which unit of the Fisher's blocks each parameter entry belongs to.
+
+    Args:
+        net: an analyzed program.
+
+    Returns:
+        For each parameter that has a block a tensor of its shape: numbers that are equal for
+        entries of one unit, and -1 for entries in no block.
+    """
+    return components_of(net.blocks)
 
 
 def family_fisher(

@@ -14,11 +14,12 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
-from pyronat.dataflow import Dataflow, Labels
+from pyronat.dataflow import Dataflow
 from pyronat.families import peel
-from pyronat.records import Plate, Run, SiteRecord, SiteStructure, distribution_tensors
+from pyronat.records import Plate, Run, SiteRecord
 
 Program: TypeAlias = Callable[..., Any]
 """A model or a guide."""
@@ -109,61 +110,82 @@ def quietly() -> Generator[None, None, None]:
         yield
 
 
-def run_with_dataflow(
-    program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[SiteStructure, ...], dict[str, Tensor]]:
-    """Runs a program twice on the same random numbers and follows its sample values.
+@contextmanager
+def repeatable() -> Generator[Callable[[], None], None, None]:
+    """Yields a function that rewinds all random numbers; they are undisturbed afterwards.
 
-    The first run lists the sites; the second one marks every value, the observed ones also where
-    the program's arguments hold them, and asks which marks reach each distribution.
+    Yields:
+        A function that sets the generators of torch, numpy and Python back to where they were.
+    """
+    with torch.random.fork_rng():
+        state = get_rng_state()
+        try:
+            yield lambda: set_rng_state(state)
+        finally:
+            set_rng_state(state)
+
+
+def run_constant(
+    program: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+) -> Run:
+    """Runs a program with the values of some latent sites given; sample values are constants.
 
     Args:
         program: model or guide.
         args: its arguments.
         kwargs: its keyword arguments.
+        values: value `[*batch, *event]` by site.
 
     Returns:
-        The structure at each random site, and the parameter leaves by name.
+        The run; observed sites keep their data.
     """
-    with quietly(), torch.random.fork_rng():
-        state = torch.random.get_rng_state()
-        with _Outermost(_draw_constant):
-            first = poutine.trace(program).get_trace(*args, **kwargs)
-        torch.random.set_rng_state(state)
-        names = [record.name for record in records_of(first)]
-        observed = {record.name: record.value for record in records_of(first) if record.observed}
-        flow = Dataflow([*names, *map(_data_label, names)])
-        for name, value in observed.items():
-            flow.mark(value, _data_label(name))
-        found: dict[str, tuple[Labels, Labels]] = {}
 
-        def visit(message: dict[str, Any]) -> None:
-            name = message["name"]
-            found[name] = flow.labels(*distribution_tensors(message["fn"])), flow.escaped
-            if isinstance(message["mask"], Tensor):
-                found[name] = found[name][0] | flow.labels(message["mask"]), flow.escaped
-            with flow.paused():
-                _draw_constant(message)
-                _set_value(message, message["value"].detach().clone())
-                flow.mark(message["value"], name)
+    def visit(message: dict[str, Any]) -> None:
+        _give(message, values)
+        _draw_constant(message)
 
-        with _Outermost(visit), flow.active():
-            second = poutine.trace(program).get_trace(*args, **kwargs)
-    sites = set(names)
-    structures = tuple(
-        SiteStructure(
-            record=record,
-            parents=found[record.name][0] & sites,
-            control=(found[record.name][1] & sites) - found[record.name][0],
-            data=frozenset(n for n in names if _data_label(n) in found[record.name][0]),
-        )
-        for record in records_of(second)
-    )
-    return structures, params_of(second)
+    with _Outermost(visit):
+        trace = poutine.trace(program).get_trace(*args, **kwargs)
+    return Run(records_of(trace), params_of(trace))
 
 
-def _data_label(site: str) -> str:
-    return f"data of {site}"
+def run_followed(
+    program: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    flow: Dataflow,
+    see: Callable[[SiteRecord], None],
+) -> None:
+    """Runs a program while a dataflow follows its tensors.
+
+    Args:
+        program: model or guide.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        values: value `[*batch, *event]` by latent site; the others are drawn.
+        flow: follows the operations of the program, those of its samplers excepted.
+        see: is called at every random site, before the program goes on with the site's value; the
+            value of the record is a constant in memory of its own.
+    """
+
+    def visit(message: dict[str, Any]) -> None:
+        with flow.paused():
+            _give(message, values)
+            _draw_constant(message)
+            _set_value(message, message["value"].detach().clone())
+        see(_record(message))
+
+    with _Outermost(visit), torch.backends.mkldnn.flags(enabled=False), flow.active():
+        program(*args, **kwargs)
+
+
+def _give(message: dict[str, Any], values: Mapping[str, Tensor]) -> None:
+    if not message["is_observed"] and message["name"] in values:
+        _set_value(message, values[message["name"]].detach())
 
 
 def dream(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Run:

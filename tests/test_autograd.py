@@ -80,7 +80,7 @@ def implied_jacobian(theta: Tensor, units: LinearUnits, params: Sequence[Tensor]
             derivative = term.inputs[row % units.rows]
             derivative = derivative if slope is None else slope[row, unit] * derivative
             target = full[id(term.leaf)][flat]
-            by_unit = target.mT if term.transposed else target.reshape(units.units, -1)
+            by_unit = target.mT if term.unit_axes == (1,) else target.reshape(units.units, -1)
             by_unit[unit] += derivative
     return torch.cat([full[id(param)].reshape(theta.numel(), -1) for param in params], 1)
 
@@ -258,7 +258,9 @@ def test_refused(name: str) -> None:
     [
         lambda net, units: LinearUnits(
             tuple(
-                autograd.Term(t.leaf, not t.transposed if t.leaf is net.W else False, t.inputs)
+                autograd.Term(
+                    t.leaf, (1 - t.unit_axes[0],) if t.leaf is net.W else t.unit_axes, t.inputs
+                )
                 for t in units.terms
             ),
             units.units,

@@ -20,6 +20,7 @@ import pyronat
 from pyronat import curvature as module
 from pyronat import testing
 from pyronat.analysis import analyze
+from pyronat.blocks import UnitAxes
 from pyronat.curvature import (
     Curvature,
     Plan,
@@ -52,7 +53,8 @@ def forced_dense(net: BayesNet, params: dict[str, Tensor]) -> Plan:
             structure="dense",
             count=1,
             size=block.count * block.size,
-            transposed=(False,) * len(block.params),
+            linear=(False,) * len(block.factors),
+            units=UnitAxes(((),) * len(block.params)),
         )
         for block in net.blocks
     )
@@ -148,7 +150,7 @@ def test_layered_has_unit_blocks_of_both_orientations() -> None:
         ("scale",): ("unit", 4, 1),
         ("counts",): ("unit", 2, 4),
     }
-    assert plan.layouts["first"].transposed == plan.layouts["counts"].transposed == (True,)
+    assert plan.layouts["first"].axes == plan.layouts["counts"].axes == ((1,),)
 
 
 def test_wrong_orientation_is_seen() -> None:
@@ -156,7 +158,7 @@ def test_wrong_orientation_is_seen() -> None:
     model, args = PROGRAMS["layered"]
     net, plan, run = planned(model, *args)
     flipped = {
-        name: replace(layout, transposed=tuple(False for _ in layout.transposed))
+        name: replace(layout, shapes=((3, 2),), axes=((0,),)) if name == "first" else layout
         for name, layout in plan.layouts.items()
     }
     dense = forced_dense(net, run.params)
@@ -526,14 +528,23 @@ def test_gates_are_removed() -> None:
     assert gradient.tolist() == [1.0, 1.0]
 
 
-def test_large_dense_blocks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_DENSE_SIZE", 5)
+@pytest.mark.parametrize(
+    "limit, value, message, excluded",
+    [
+        ("MAX_DENSE_SIZE", 2, r"of tb has 3 entries, at most 2", "tb"),
+        ("MAX_JACOBIAN_ENTRIES", 11, r"tc has 12 entries that are not linear", "tc"),
+    ],
+)
+def test_large_blocks_are_refused(
+    monkeypatch: pytest.MonkeyPatch, limit: str, value: int, message: str, excluded: str
+) -> None:
+    monkeypatch.setattr(module, limit, value)
     case = BY_NAME["cpt"]
     net, run = analyze(case.model, *case.args), dream(case.model, case.args, {})
-    with pytest.raises(BlockTooLarge, match=r"of tb has 6 entries, at most 5"):
+    with pytest.raises(BlockTooLarge, match=message):
         make_plan(net, run.params)
-    plan = make_plan(net, run.params, excluded=["tb", "tc"])
-    assert set(plan.blocks) == {"ta", "td"}
+    plan = make_plan(net, run.params, excluded=[excluded])
+    assert set(plan.blocks) == {"ta", "tb", "tc", "td"} - {excluded}
 
 
 def test_unit_blocks_may_be_large(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ import pytest
 from cases import CASES
 
 import pyronat
-from pyronat.graph import BayesNet, District, Edge, ParamBlock, Site
+from pyronat.blocks import ParamBlock, UnitAxes
+from pyronat.graph import BayesNet, District, Edge, Site
 
 
 def site(name: str, kind: str = "latent", params: tuple[str, ...] = ()) -> Site:
@@ -137,7 +138,18 @@ def test_unknown_site() -> None:
 
 
 def by_hand() -> BayesNet:
-    block = ParamBlock(("W", "b"), ("x",), "unit", 2, 3, True, (False, False), (("x", "logits"),))
+    block = ParamBlock(
+        params=("W", "b"),
+        sites=("x",),
+        structure="unit",
+        count=2,
+        size=3,
+        exact=True,
+        factors=(("x", "logits"),),
+        linear=(True,),
+        shapes=((2, 2), (2,)),
+        units=UnitAxes(((0,), (0,))),
+    )
     guide = BayesNet((site('q "z"'),), (), ())
     return BayesNet(
         sites=(
@@ -162,6 +174,7 @@ def test_graph_attributes() -> None:
         "event_dim": 1,
         "params": ("W", "b"),
         "reads_data": ("y",),
+        "coupled_plates": (),
     }
     assert net.graph.edges["z", "x"] == {"kind": "data"}
     assert net.graph.edges["z", "y"] == {"kind": "control"}

@@ -191,7 +191,7 @@ def matrices(
     assert svi.info.accepted
     average = optim.sides[role].average
     assert all(curvature.matrix is not None for curvature in average.values())
-    return {name: curvature.matrix for name, curvature in average.items()}
+    return {name: torch.block_diag(*curvature.matrix)[None] for name, curvature in average.items()}
 
 
 def categorical_fisher(logits: Tensor) -> Tensor:

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from pyronat.errors import NotPositiveDefinite
-from pyronat.operators import JITTERS, BlockMatrix, CholeskyFactor, Layout, cholesky
+from pyronat.operators import (
+    JITTERS,
+    AxesLayout,
+    BlockMatrix,
+    CholeskyFactor,
+    EntriesLayout,
+    add_parts,
+    cholesky,
+)
 
 
 def spd(count: int, size: int) -> Tensor:
@@ -18,12 +26,15 @@ def spd(count: int, size: int) -> Tensor:
 # --- layout ------------------------------------------------------------------------------------
 
 LAYOUTS = {
-    "unit": Layout(("W", "b"), ((3, 2), (3,)), (False, False), 3),
-    "transposed": Layout(("W", "b"), ((2, 3), (3,)), (True, False), 3),
-    "two orientations": Layout(("V", "W", "b"), ((3, 3), (3, 3), (3,)), (True, False, False), 3),
-    "dense": Layout(("W", "b", "c"), ((3, 2), (3,), ()), (False,) * 3, 1),
-    "entries": Layout(("p",), ((2, 2, 2),), (False,), 8),
-    "scalar": Layout(("p",), ((),), (False,), 1),
+    "unit": AxesLayout(("W", "b"), ((3, 2), (3,)), ((0,), (0,))),
+    "transposed": AxesLayout(("W", "b"), ((2, 3), (3,)), ((1,), (0,))),
+    "two orientations": AxesLayout(("V", "W", "b"), ((3, 3), (3, 3), (3,)), ((1,), (0,), (0,))),
+    "dense": AxesLayout(("W", "b", "c"), ((3, 2), (3,), ()), ((), (), ())),
+    "every entry": AxesLayout(("p",), ((2, 2, 2),), ((0, 1, 2),)),
+    "middle axis": AxesLayout(("p", "q"), ((2, 3, 4), (3, 2)), ((1,), (0,))),
+    "outer axes": AxesLayout(("p", "q"), ((2, 3, 4), (2, 4)), ((0, 2), (0, 1))),
+    "scalar": AxesLayout(("p",), ((),), ((),)),
+    "listed": EntriesLayout(("W", "b"), ((2, 2), (2,)), ((0, 5), (1, 4), (2, 3))),
 }
 
 
@@ -52,9 +63,30 @@ def test_rows_of_a_layout_are_units() -> None:
 
 def test_unpacking_a_square_matrix_minds_its_orientation() -> None:
     vectors = torch.randn(3, 3)
-    straight = Layout(("W",), ((3, 3),), (False,), 3).unpack(vectors)["W"]
-    turned = Layout(("W",), ((3, 3),), (True,), 3).unpack(vectors)["W"]
+    straight = AxesLayout(("W",), ((3, 3),), ((0,),)).unpack(vectors)["W"]
+    turned = AxesLayout(("W",), ((3, 3),), ((1,),)).unpack(vectors)["W"]
     assert torch.equal(straight, turned.mT) and not torch.equal(straight, turned)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_positions_say_where_entries_come_from(name: str) -> None:
+    layout = LAYOUTS[name]
+    values = {n: torch.randn(shape) for n, shape in zip(layout.names, layout.shapes, strict=True)}
+    flat = torch.cat([values[n].reshape(-1) for n in layout.names])
+    assert torch.equal(flat[layout.positions()], layout.pack(values))
+
+
+def test_layout_of_a_part() -> None:
+    # Entries outside the block are zero, and blocks that share parameters add up.
+    first = EntriesLayout(("w",), ((5,),), ((0, 2), (3, 1)))
+    second = EntriesLayout(("w",), ((5,),), ((4,),))
+    values = {"w": torch.arange(1.0, 6.0)}
+    parts = [layout.unpack(layout.pack(values))["w"] for layout in (first, second)]
+    assert parts[0].tolist() == [1, 2, 3, 4, 0] and parts[1].tolist() == [0, 0, 0, 0, 5]
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        add_parts(total, {"w": part})
+    assert torch.equal(total["w"], values["w"])
 
 
 # --- products and solutions --------------------------------------------------------------------

@@ -81,21 +81,10 @@ def unflat(vector: Tensor, layout: Layout, like: Mapping[str, Tensor]) -> Values
 
 def may_differ_from_zero(net: pyronat.BayesNet, layout: Layout, like: Values) -> Tensor:
     """Entries `[num_params, num_params]` of the Fisher that the blocks do not claim to be zero."""
-    where = dict(layout)
-    total = layout[-1][1].stop
-    group = torch.full((total,), -1)
-    groups = 0
-    for block in net.blocks:
-        for name in block.params:
-            numel, count = like[name].numel(), block.count
-            if block.structure == "unit":
-                assert numel % count == 0 and like[name].shape[:1] in {(), (count,)}
-                unit = torch.arange(numel) // (numel // count)
-            else:
-                unit = torch.zeros(numel, dtype=torch.long)
-            assert (group[where[name]] == -1).all(), f"{name} is in two blocks"
-            group[where[name]] = groups + unit
-        groups += block.count
+    units = testing.entry_blocks(net)
+    group = torch.cat([
+        units.get(name, torch.full(like[name].shape, -1)).reshape(-1) for name, _ in layout
+    ])
     return (group[:, None] == group) & (group >= 0)
 
 

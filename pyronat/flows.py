@@ -1,0 +1,355 @@
+"""What flows where in one run of a program: values to sites, entries to coordinates, examples.
+
+Three runs on the same random numbers, each with a lattice of its own, see the same operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.utils._pytree import tree_leaves
+
+from pyronat.autograd import leaves
+from pyronat.dataflow import Dataflow
+from pyronat.entries import EntryGroups
+from pyronat.errors import UnsupportedDistribution, UnsupportedProgram
+from pyronat.families import Group, groups, peel
+from pyronat.lattices import LabelSets, Origins
+from pyronat.records import Run, SiteRecord, distribution_tensors
+from pyronat.tracing import Program, quietly, repeatable, run_constant, run_followed
+
+UNKNOWN_FAMILY = "score"
+"""Name of the one group of coordinates of a distribution without a closed-form Fisher."""
+
+Labels = frozenset[str]
+
+
+@dataclass
+class GroupFlow:
+    """A Fisher-orthogonal group of a site's coordinates and what flows into it.
+
+    Attributes:
+        name: name of the group.
+        coordinates: its coordinates, attached to the graph.
+        params: names of the parameters that autograd finds behind them, sorted.
+        exact: whether the group has a closed-form Fisher information.
+        scalar: whether one batch element has a single scalar coordinate.
+        roots: nodes of the entries that the coordinates of each batch element depend on.
+    """
+
+    name: str
+    coordinates: tuple[Tensor, ...]
+    params: tuple[str, ...]
+    exact: bool
+    scalar: bool
+    roots: Tensor
+
+
+@dataclass
+class SiteFlow:
+    """What flows into the distribution of one site.
+
+    Attributes:
+        record: the site.
+        parents: sites whose values reach the distribution through tensors.
+        control: sites whose values left for Python before this site.
+        data: sites whose observed data the distribution reads from the arguments' memory.
+        coupled: plates along which elements depend on other elements.
+        params: parameters that autograd finds behind the distribution, sorted.
+        groups: its groups of coordinates.
+        seen: parameters that operations of the run carry into each group of coordinates.
+    """
+
+    record: SiteRecord
+    parents: Labels = frozenset()
+    control: Labels = frozenset()
+    data: Labels = frozenset()
+    coupled: tuple[str, ...] = ()
+    params: tuple[str, ...] = ()
+    groups: list[GroupFlow] = field(default_factory=list)
+    seen: dict[str, Labels] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ProgramFlow:
+    """One analyzed run of a program.
+
+    Attributes:
+        sites: in program order.
+        params: unconstrained leaves by name, sorted.
+        components: number of the unit of each parameter entry, −1 where no site depends on it.
+    """
+
+    sites: tuple[SiteFlow, ...]
+    params: dict[str, Tensor]
+    components: dict[str, Tensor]
+
+
+def follow(
+    program: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor] | None = None,
+) -> ProgramFlow:
+    """Runs a program on the same random numbers again and again and follows what flows in it.
+
+    Args:
+        program: model or guide.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        values: values of latent sites to take, so that the program takes the same branches.
+
+    Returns:
+        What flows into every site.
+
+    Raises:
+        UnsupportedProgram: if a parameter reaches a site without being registered with Pyro, or
+            the runs differ though their random numbers are equal.
+    """
+    given = values or {}
+    with quietly(), repeatable() as rewind:
+        run = run_constant(program, args, kwargs, given)
+        call = _Call(program, args, kwargs, given, run)
+        sites = {record.name: SiteFlow(record) for record in run.records}
+        for step in (_follow_values, _follow_examples):
+            rewind()
+            step(call, sites)
+        rewind()
+        components = _follow_entries(call, sites)
+    return ProgramFlow(tuple(sites.values()), run.params, components)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A program with its arguments, and its first run."""
+
+    program: Program
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    values: Mapping[str, Tensor]
+    run: Run
+
+    def followed(self, flow: Dataflow, see: Any) -> None:
+        """Runs the program again, with the dataflow."""
+        known = {record.name for record in self.run.records}
+        seen = set()
+
+        def check(record: SiteRecord) -> None:
+            seen.add(record.name)
+            if record.name in known:
+                see(record)
+
+        run_followed(self.program, self.args, self.kwargs, self.values, flow, check)
+        if seen != known:
+            raise UnsupportedProgram(
+                f"two runs on the same random numbers differ in the sites "
+                f"{', '.join(sorted(seen ^ known))}; a program may not change what it does "
+                "from call to call"
+            )
+
+    @property
+    def observed(self) -> list[SiteRecord]:
+        return [record for record in self.run.records if record.observed]
+
+
+def _follow_values(call: _Call, sites: Mapping[str, SiteFlow]) -> None:
+    """Which sites' values reach each distribution, which data, and which parameters each group."""
+    data = {f"data of {name}": name for name in sites}
+    params = {f"parameter {name}": name for name in call.run.params}
+    lattice = LabelSets([*sites, *data, *params])
+    flow = Dataflow(lattice)
+    for label, name in params.items():
+        flow.mark(call.run.params[name], lattice.of(label))
+    for record in call.observed:
+        flow.mark(record.value, lattice.of(f"data of {record.name}"))
+
+    def see(record: SiteRecord) -> None:
+        read = distribution_tensors(record.distribution)
+        read += [tensor for tensor in (record.mask, record.scale) if isinstance(tensor, Tensor)]
+        found = lattice.decode(flow.joined(*read))
+        site = sites[record.name]
+        site.data = frozenset(data[label] for label in found & data.keys()) - {record.name}
+        site.parents = frozenset(found & sites.keys()) | site.data
+        site.control = (lattice.decode(flow.escaped) & sites.keys()) - site.parents
+        own_data = f"data of {record.name}" in found
+        site.data |= {record.name} if own_data else frozenset()
+        for name, tensors in _coordinates(record).items():
+            labels = lattice.decode(flow.joined(*tensors))
+            site.seen[name] = frozenset(params[label] for label in labels & params.keys())
+        flow.mark(record.value, lattice.of(record.name))
+
+    call.followed(flow, see)
+
+
+def _follow_examples(call: _Call, sites: Mapping[str, SiteFlow]) -> None:
+    """Along which plates an element of a distribution depends on other elements.
+
+    Sample values carry the number of their element in each plate, and so do tensors among the
+    arguments along their first dimension of the plate's size.
+    """
+    sizes: dict[str, int] = {}
+    for record in call.run.records:
+        for plate in record.plates:
+            sizes[plate.name] = int(record.distribution.batch_shape[plate.dim])
+    names = [name for name, size in sizes.items() if size > 1]
+    if not names:
+        return
+    flow = Dataflow(Origins(len(names)))
+    for tensor in tree_leaves((call.args, call.kwargs)):
+        if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+            flow.mark(tensor, _numbered(tensor, [_first_dim(tensor, sizes[n]) for n in names]))
+    for record in call.observed:
+        flow.mark(record.value, _numbered_value(record, names))
+
+    def see(record: SiteRecord) -> None:
+        batch = record.distribution.batch_shape
+        log_prob = record.distribution.log_prob(record.value)
+        if log_prob.shape != batch:
+            log_prob = log_prob.expand(batch)
+        origins = flow.shadow(log_prob)
+        own = _numbered(log_prob, [_plate_dim(record, name, 0) for name in names])
+        foreign = (origins != 0) & (origins != own)
+        sites[record.name].coupled = tuple(
+            plate.name
+            for plate in record.plates
+            if plate.name in names and bool(foreign[names.index(plate.name)].any())
+        )
+        flow.mark(record.value, _numbered_value(record, names))
+
+    call.followed(flow, see)
+
+
+def _numbered_value(record: SiteRecord, names: Sequence[str]) -> Tensor:
+    event_dim = len(record.distribution.event_shape)
+    return _numbered(record.value, [_plate_dim(record, name, event_dim) for name in names])
+
+
+def _plate_dim(record: SiteRecord, name: str, event_dim: int) -> int | None:
+    """The negative dimension that a plate has in a site's tensors, None outside of it."""
+    dims = [plate.dim for plate in record.plates if plate.name == name]
+    return dims[0] - event_dim if dims else None
+
+
+def _first_dim(tensor: Tensor, size: int) -> int | None:
+    dims = [dim for dim in range(tensor.dim()) if tensor.shape[dim] == size]
+    return dims[0] - tensor.dim() if dims else None
+
+
+def _numbered(tensor: Tensor, dims: Sequence[int | None]) -> Tensor:
+    """Numbers from 1 along one dimension for each plane `[planes, *shape]`, 0 without one."""
+    planes = []
+    for dim in dims:
+        if dim is None or -dim > tensor.dim():
+            plane = torch.zeros((), dtype=torch.int64, device="cpu")
+        else:
+            size = tensor.shape[dim]
+            plane = torch.arange(1, size + 1, device="cpu").reshape(-1, *[1] * (-dim - 1))
+        planes.append(plane.expand(tensor.shape))
+    return torch.stack(planes)
+
+
+def _follow_entries(call: _Call, sites: Mapping[str, SiteFlow]) -> dict[str, Tensor]:
+    """Which parameter entries reach which coordinates, and the partition this implies."""
+    lattice = EntryGroups()
+    flow = Dataflow(lattice)
+    names = {id(leaf): name for name, leaf in call.run.params.items() if leaf.requires_grad}
+    nodes = {}
+    for name, leaf in call.run.params.items():
+        if leaf.requires_grad:
+            nodes[name] = lattice.new(leaf.numel()).reshape(leaf.shape)
+            flow.mark(leaf, nodes[name].unsqueeze(0))
+
+    def see(record: SiteRecord) -> None:
+        site = sites[record.name]
+        site.record = record
+        tensors = distribution_tensors(record.distribution)
+        site.params = _names(tensors, names, record.name)
+        found = groups_of(record.distribution)
+        site.groups = [
+            GroupFlow(
+                name=group.name,
+                coordinates=group.coordinates,
+                params=_names(group.coordinates, names, record.name),
+                exact=True,
+                scalar=group.scalar,
+                roots=_roots(group, flow, lattice),
+            )
+            for group in found or ()
+        ]
+        if found is None:
+            site.groups = [
+                GroupFlow(UNKNOWN_FAMILY, (), site.params, False, False, flow.joined(*tensors))
+            ]
+        with flow.paused():
+            if bool(flow.escaped.any()):
+                # Parameters that left for Python decide on everything that follows.
+                every = torch.cat([flow.escaped, *(group.roots for group in site.groups)])
+                joined = lattice.join_elements(every.unsqueeze(0))
+                for group in site.groups:
+                    group.roots = joined
+
+    call.followed(flow, see)
+    return _components(sites, nodes, lattice)
+
+
+def _components(
+    sites: Mapping[str, SiteFlow], nodes: Mapping[str, Tensor], lattice: EntryGroups
+) -> dict[str, Tensor]:
+    found = [group for site in sites.values() for group in site.groups]
+    for site in sites.values():
+        for group in site.groups:
+            # What autograd knows of, but no operation of the run has shown, counts as read whole.
+            hidden = [nodes[name].reshape(-1) for name in {*group.params} - site.seen[group.name]]
+            if hidden:
+                group.roots = lattice.join_elements(torch.cat([group.roots, *hidden]).unsqueeze(0))
+    roots = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *(g.roots for g in found)])
+    numbers, reached = lattice.components(roots.unique())
+    return {
+        name: torch.where(reached[node], numbers[node], torch.full_like(node, -1))
+        for name, node in nodes.items()
+    }
+
+
+def groups_of(distribution: Distribution) -> tuple[Group, ...] | None:
+    """Fisher-orthogonal groups of a distribution, None where it has no closed form."""
+    try:
+        return groups(peel(distribution).base)
+    except UnsupportedDistribution:
+        return None
+
+
+def _coordinates(record: SiteRecord) -> dict[str, Sequence[Tensor]]:
+    """The tensors of each group of coordinates."""
+    found = groups_of(record.distribution)
+    if found is None:
+        return {UNKNOWN_FAMILY: distribution_tensors(record.distribution)}
+    return {group.name: group.coordinates for group in found}
+
+
+def _roots(group: Group, flow: Dataflow, lattice: EntryGroups) -> Tensor:
+    """One node for the coordinates of each batch element, each distinct one once."""
+    shadows = [flow.shadow(tensor) for tensor in group.coordinates]
+    with flow.paused():
+        joined = lattice.join_many(shadows)
+        event = joined.dim() - 1 - (group.fisher.dim() - 2)
+        if event:
+            joined = lattice.join_along(joined, range(-event, 0))
+        found = joined.unique()
+        return found[found != 0]
+
+
+def _names(tensors: Sequence[Tensor], names: Mapping[int, str], site: str) -> tuple[str, ...]:
+    found = []
+    for leaf in leaves(tensors, ()):
+        if id(leaf) not in names:
+            raise UnsupportedProgram(
+                f"site {site!r} depends on a parameter of shape {tuple(leaf.shape)} that Pyro does "
+                "not know; register its module with pyro.module or PyroModule, or detach it"
+            )
+        found.append(names[id(leaf)])
+    return tuple(sorted(found))

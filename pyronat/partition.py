@@ -1,0 +1,226 @@
+"""From a partition of parameter entries to blocks, and the union of several partitions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations
+from math import prod
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+from pyronat.blocks import ParamBlock, UnitAxes, UnitEntries, Units
+from pyronat.operators import AxesLayout, EntriesLayout, Layout
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FactorStructure:
+    """A Fisher-orthogonal group of one site's coordinates and the parameters behind it.
+
+    Attributes:
+        site: name of the site.
+        group: name of the group.
+        params: the parameters that its coordinates depend on, sorted.
+        exact: whether its Fisher information is a closed form.
+        plates: plates around the site.
+        unit_axes: where the coordinates are recognized as functions of one affine unit each: the
+            axes of each of `params` that number the units; else None.
+    """
+
+    site: str
+    group: str
+    params: tuple[str, ...]
+    exact: bool
+    plates: tuple[str, ...]
+    unit_axes: tuple[tuple[int, ...], ...] | None
+
+
+def layout_of(block: ParamBlock) -> Layout:
+    """Where the entries of a block lie in its vectors."""
+    if isinstance(block.units, UnitAxes):
+        return AxesLayout(block.params, block.shapes, block.units.axes)
+    return EntriesLayout(block.params, block.shapes, block.units.entries)
+
+
+def components_of(blocks: Sequence[ParamBlock]) -> dict[str, Tensor]:
+    """Number of the unit that each parameter entry belongs to, −1 for none, of its shape."""
+    numbers: dict[str, Tensor] = {}
+    start = 0
+    for block in blocks:
+        layout = layout_of(block)
+        units = torch.arange(start + 1, start + 1 + block.count, device="cpu")
+        for name, part in layout.unpack(units.unsqueeze(1).expand(-1, block.size)).items():
+            before = numbers.get(name, torch.zeros_like(part))
+            numbers[name] = torch.maximum(before, part)
+        start += block.count
+    return {name: number - 1 for name, number in numbers.items()}
+
+
+def blocks_of(
+    components: Mapping[str, Tensor], factors: Sequence[FactorStructure], order: Sequence[str]
+) -> tuple[ParamBlock, ...]:
+    """Gathers units of equal form into blocks.
+
+    Parameters that share a unit form a group. If the same axes of all its parameters number the
+    units, the group is one block of whole parameters; entries that reach no site then stay with
+    their row. Else its units are listed entry by entry, one block for each set of parameters and
+    size of unit.
+
+    Args:
+        components: number of the unit of each parameter entry, −1 for entries without one.
+        factors: groups of coordinates that depend on parameters.
+        order: names of the sites in program order.
+
+    Returns:
+        The blocks, sorted by parameters and size.
+    """
+    used = {name: number for name, number in components.items() if bool((number >= 0).any())}
+    blocks = []
+    for names in _linked(used):
+        group = {name: used[name] for name in names}
+        for params, units in _units_of(group):
+            blocks.append(_block(params, units, components, factors, order))
+    return tuple(sorted(blocks, key=lambda block: (block.params, block.size)))
+
+
+def _linked(components: Mapping[str, Tensor]) -> list[list[str]]:
+    """Groups of parameters that share a unit, each sorted."""
+    links = nx.Graph()
+    links.add_nodes_from(components)
+    names = sorted(components)
+    if names:
+        pairs = [
+            torch.stack([number.unique(), torch.full_like(number.unique(), index)])
+            for index, number in enumerate(components[name] for name in names)
+        ]
+        found = torch.cat(pairs, 1)
+        found = found[:, found[0] >= 0]
+        found = found[:, torch.argsort(found[0], stable=True)]
+        same = found[0, 1:] == found[0, :-1]
+        together = torch.stack([found[1, :-1][same], found[1, 1:][same]]).unique(dim=1)
+        links.add_edges_from((names[a], names[b]) for a, b in together.T.tolist())
+    return sorted(sorted(group) for group in nx.connected_components(links))
+
+
+def _units_of(group: Mapping[str, Tensor]) -> list[tuple[tuple[str, ...], Units]]:
+    names = tuple(group)
+    axes = _common_axes(list(group.values()))
+    if axes is not None:
+        return [(names, UnitAxes(axes))]
+    flat = torch.cat([number.reshape(-1) for number in group.values()])
+    owner = torch.cat([
+        torch.full((number.numel(),), index) for index, number in enumerate(group.values())
+    ])
+    order = torch.argsort(flat, stable=True)
+    order = order[flat[order] >= 0]
+    lengths = flat[order].unique_consecutive(return_counts=True)[1].tolist()
+    found: dict[tuple[tuple[int, ...], int], list[list[int]]] = defaultdict(list)
+    for positions in order.split(lengths):
+        params = tuple(owner[positions].unique().tolist())
+        found[params, len(positions)].append(positions.tolist())
+    starts = torch.tensor([0, *(number.numel() for number in group.values())]).cumsum(0).tolist()
+    lists = []
+    for (params, _), entries in found.items():
+        local, start = {}, 0
+        for index in params:
+            local[index] = start - starts[index]
+            start += group[names[index]].numel()
+        moved = tuple(
+            tuple(position + local[int(owner[position])] for position in unit) for unit in entries
+        )
+        lists.append((tuple(names[index] for index in params), UnitEntries(moved)))
+    return lists
+
+
+def _common_axes(numbers: Sequence[Tensor]) -> tuple[tuple[int, ...], ...] | None:
+    """For each tensor the axes that number its units, if all number the same units alike."""
+    options = [_axes_of(number) for number in numbers]
+    for axes, ids in options[0]:
+        chosen, merged = [axes], ids
+        for option in options[1:]:
+            match = next(
+                (
+                    (other, torch.maximum(merged, more))
+                    for other, more in option
+                    if len(more) == len(merged)
+                    and bool(((more == merged) | (more < 0) | (merged < 0)).all())
+                ),
+                None,
+            )
+            if match is None:
+                break
+            chosen.append(match[0])
+            merged = match[1]
+        present = merged[merged >= 0]
+        if len(chosen) == len(options) and len(present.unique()) == len(present):
+            return tuple(chosen)
+    return None
+
+
+def _axes_of(number: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
+    """Sets of axes that tell the units of a tensor apart, most units first, with their numbers."""
+    wide = [axis for axis in range(number.dim()) if number.shape[axis] > 1]
+    found = []
+    for axes in chain.from_iterable(combinations(wide, k) for k in range(len(wide), -1, -1)):
+        rest = [axis for axis in range(number.dim()) if axis not in axes]
+        ids = number.permute((*axes, *rest)).reshape(prod(number.shape[a] for a in axes), -1)
+        highest = ids.amax(1)
+        constant = bool(((ids == highest.unsqueeze(1)) | (ids < 0)).all())
+        present = highest[highest >= 0]
+        if constant and len(present.unique()) == len(present):
+            found.append((axes, highest))
+    return sorted(found, key=lambda option: -len(option[1]))
+
+
+def _block(
+    params: tuple[str, ...],
+    units: Units,
+    components: Mapping[str, Tensor],
+    factors: Sequence[FactorStructure],
+    order: Sequence[str],
+) -> ParamBlock:
+    shapes = tuple(tuple(components[name].shape) for name in params)
+    members = [factor for factor in factors if set(params) & set(factor.params)]
+    if isinstance(units, UnitAxes):
+        count = prod(shapes[0][axis] for axis in units.axes[0])
+        size = sum(map(prod, shapes)) // count
+        axes = dict(zip(params, units.axes, strict=True))
+        linear = tuple(_is_linear(factor, axes, components) for factor in members)
+    else:
+        count, size = len(units.entries), len(units.entries[0])
+        linear = (False,) * len(members)
+    sites = {factor.site for factor in members}
+    plates = members[0].plates if members else ()
+    return ParamBlock(
+        params=params,
+        sites=tuple(site for site in order if site in sites),
+        structure="unit" if count > 1 or all(linear) else "dense",
+        count=count,
+        size=size,
+        exact=all(factor.exact for factor in members),
+        factors=tuple((factor.site, factor.group) for factor in members),
+        linear=linear,
+        shapes=shapes,
+        units=units,
+        plates=tuple(p for p in plates if all(p in factor.plates for factor in members)),
+    )
+
+
+def _is_linear(
+    factor: FactorStructure,
+    axes: Mapping[str, tuple[int, ...]],
+    components: Mapping[str, Tensor],
+) -> bool:
+    """Whether the recognized units of a factor are the units of the block."""
+    if factor.unit_axes is None:
+        return False
+    for name, recognized in zip(factor.params, factor.unit_axes, strict=True):
+        shape = components[name].shape
+        if name not in axes or axes[name] != tuple(a for a in recognized if shape[a] > 1):
+            return False
+    return True

@@ -87,7 +87,10 @@ def analyze_program(
     names = {id(leaf): name for name, leaf in flow.params.items()}
     sites = tuple(map(_site, flow.sites))
     factors = [
-        _factor(site, group, names) for site in flow.sites for group in site.groups if group.params
+        _factor(site, group, names)
+        for site in flow.sites
+        for group in site.groups.values()
+        if group.params
     ]
     blocks = blocks_of(flow.components, factors, [site.name for site in sites])
     network = BayesNet(

@@ -126,21 +126,31 @@ def leaves(tensors: Sequence[Tensor], stops: Collection[Edge]) -> list[Tensor]:
     }
     for tensor in tensors:
         if tensor.grad_fn is not None:
-            for node in _walk(edge_of(tensor), stops):
+            for node in _walk(edge_of(tensor), stops, _is_empty):
                 if hasattr(node, "variable"):
                     found[id(node.variable)] = node.variable
     return list(found.values())
 
 
-def _walk(edge: Edge, stops: Collection[Edge]) -> Iterator[Any]:
+def _walk(
+    edge: Edge, stops: Collection[Edge], passes_nothing: Callable[[Edge], bool] = lambda edge: False
+) -> Iterator[Any]:
     stack, seen = [edge], set()
     while stack:
         edge = stack.pop()
-        if edge[0] is None or edge in stops or edge in seen:
+        if edge[0] is None or edge in stops or edge in seen or passes_nothing(edge):
             continue
         seen.add(edge)
         yield edge[0]
         stack.extend(edge[0].next_functions)
+
+
+def _is_empty(edge: Edge) -> bool:
+    """Whether an edge stands for a tensor without elements, as an empty slice."""
+    try:
+        return _numel(edge) == 0
+    except (AttributeError, IndexError, RuntimeError):
+        return False
 
 
 def _reaches_leaf(edge: Edge, stops: Collection[Edge]) -> bool:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -53,6 +54,7 @@ class Dataflow:
         self.escaped = torch.zeros(lattice.planes, dtype=torch.int64)
         self.watching = False
         self._memory: dict[int, _Mirror] = {}
+        self._ranges: dict[int, Any] = {}
 
     @contextmanager
     def active(self) -> Generator[None, None, None]:
@@ -114,6 +116,13 @@ class Dataflow:
 
     def propagate(self, operation: Operation) -> None:
         """Labels the outputs of an operation by its rule."""
+        self.escape(*operation.sizing)
+        for tensor in operation.changed:
+            self._ranges.pop(_address(tensor) if tensor.layout == torch.strided else 0, None)
+        if operation.name == "arange":
+            for tensor in operation.written:
+                self._ranges[_address(tensor)] = tensor.untyped_storage()
+        operation.is_range = lambda tensor: _address(tensor) in self._ranges
         if not any(map(self.carries, operation.read)):
             for tensor in operation.written:
                 self.write(tensor, None)
@@ -160,7 +169,8 @@ class Dataflow:
         if repeated:
             # Elements of an expanded tensor share memory.
             shadow = self.lattice.join_along(shadow, repeated).expand(view.shape)
-        view.copy_(shadow)
+        # The shadow of an operation in place may be the memory that it is written to.
+        view.copy_(shadow.clone())
 
 
 class _Mirror:
@@ -234,6 +244,10 @@ class _FunctionWatch(TorchFunctionMode):
             self.flow.escape(*[leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)])
         if func is Tensor.__getitem__:
             return _selected(args[0], args[1])
+        if func is Tensor.__setitem__:
+            return self._assign(*args)
+        if func is one_hot:
+            return _one_hot(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _built(self, func: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
@@ -245,20 +259,52 @@ class _FunctionWatch(TorchFunctionMode):
                 self.flow.mark(result, self.flow.joined(*parts))
         return result
 
+    def _assign(self, tensor: Tensor, index: Any, value: Any) -> None:
+        """`tensor[z] = y` with a 0-d integer z, which stays data."""
+        widened = _widened(tensor, index)
+        if widened is None:
+            tensor[index] = value
+            return
+        if isinstance(value, Tensor):
+            with self.flow.paused():
+                shape = list(tensor[widened.index].shape)
+            del shape[widened.dim]
+            value = value.expand(shape).unsqueeze(widened.dim)
+        tensor[widened.index] = value
 
-def _selected(tensor: Tensor, index: Any) -> Tensor:
-    """`tensor[index]`, where 0-d integer tensors stay data instead of becoming Python numbers."""
+
+class _Widened(NamedTuple):
+    """An index with 1-d instead of 0-d integer tensors, and the dimension this adds."""
+
+    index: tuple[Any, ...]
+    dim: int
+
+
+def _widened(tensor: Tensor, index: Any) -> _Widened | None:
+    """Keeps 0-d integer tensors from becoming Python numbers; None where there is none."""
     parts = index if isinstance(index, tuple) else (index,)
     scalars = [i for i, part in enumerate(parts) if _is_scalar_index(part)]
     others = [part for part in parts if isinstance(part, (list, Tensor))]
     if not scalars or len(others) > len(scalars):
-        return tensor[index]
-    widened = tuple(part.reshape(1) if i in scalars else part for i, part in enumerate(parts))
-    adjacent = not any(
-        isinstance(part, slice) or part is None or part is Ellipsis
-        for part in parts[scalars[0] : scalars[-1]]
-    )
-    return tensor[widened].squeeze(_dims_before(tensor, parts, scalars[0]) if adjacent else 0)
+        return None
+    wide = tuple(part.reshape(1) if i in scalars else part for i, part in enumerate(parts))
+    between = parts[scalars[0] : scalars[-1]]
+    apart = any(isinstance(part, slice) or part is None or part is Ellipsis for part in between)
+    return _Widened(wide, 0 if apart else _dims_before(tensor, parts, scalars[0]))
+
+
+def _selected(tensor: Tensor, index: Any) -> Tensor:
+    """`tensor[z]` with a 0-d integer z, which stays data."""
+    widened = _widened(tensor, index)
+    return tensor[index] if widened is None else tensor[widened.index].squeeze(widened.dim)
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """`one_hot` without the check of the classes, for which torch reads the values."""
+    if num_classes <= 0:
+        return one_hot(tensor, num_classes)
+    classes = torch.arange(num_classes, device=tensor.device)
+    return (tensor.unsqueeze(-1) == classes).long()
 
 
 def _is_scalar_index(part: Any) -> bool:

@@ -34,6 +34,8 @@ class Operation:
         read: tensors whose values it reads.
         pointwise: whether torch declares it pointwise.
         changed: tensors that it changes in place.
+        is_range: whether the program made a tensor by counting.
+        sizing: tensors whose values decide on the size of its result, which Python can see.
         result: what it returned.
     """
 
@@ -42,7 +44,9 @@ class Operation:
     read: list[Tensor]
     pointwise: bool
     changed: list[Tensor]
-    result: Any = field(default=None)
+    sizing: list[Tensor] = field(default_factory=list)
+    is_range: Callable[[Tensor], bool] = lambda tensor: False
+    result: Any = None
 
     @classmethod
     def of(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operation:
@@ -60,7 +64,12 @@ class Operation:
             for leaf in _tensors(arguments.get(argument.name))
         ]
         read = _tensors([value for key, value in arguments.items() if key not in unread])
-        return cls(name, arguments, read, torch.Tag.pointwise in func.tags, changed)
+        sizing = []
+        if torch.Tag.dynamic_output_shape in func.tags:
+            kinds = {torch.bool, torch.uint8} if name == "index" else None
+            values = arguments.get("mask", arguments.get("indices", read))
+            sizing = [t for t in _tensors(values) if kinds is None or t.dtype in kinds]
+        return cls(name, arguments, read, torch.Tag.pointwise in func.tags, changed, sizing)
 
     @property
     def written(self) -> list[Tensor]:
@@ -110,7 +119,7 @@ def result_shadows(operation: Operation, read: Reader, lattice: Lattice) -> list
     outputs = _tensors(operation.result)
     if any(not _strided(tensor) for tensor in [*operation.read, *outputs]):
         found: Shadows = None
-    elif operation.pointwise:
+    elif operation.pointwise or operation["reduction"] == 0:
         found = _pointwise(operation, read, lattice)
     else:
         rule = RULES.get(operation.name, _everything)
@@ -188,7 +197,7 @@ def _along(operation: Operation, read: Reader, lattice: Lattice) -> list[Tensor]
     return [joined for _ in _tensors(operation.result)]
 
 
-def _moved(operation: Operation, read: Reader, lattice: Lattice) -> Tensor:
+def _moved(operation: Operation, read: Reader, lattice: Lattice) -> Shadows:
     """Elements keep their labels and take new places; new elements depend on nothing."""
     inputs = {id(tensor): read(tensor) for tensor in operation.read}
     arguments = {**operation.arguments, **({"value": 0} if operation["value"] is not None else {})}
@@ -200,8 +209,41 @@ def _moved(operation: Operation, read: Reader, lattice: Lattice) -> Tensor:
             ),
             arguments,
         )
-        planes.append(getattr(torch.ops.aten, operation.name)(**replaced))
-    return torch.stack(planes)
+        planes.append(_tensors(getattr(torch.ops.aten, operation.name)(**replaced)))
+    return [torch.stack(parts) for parts in zip(*planes, strict=True)]
+
+
+def _reshaped(operation: Operation, read: Reader, lattice: Lattice) -> Tensor:
+    """Elements keep their order."""
+    return _shaped(read(operation["self"]), *_tensors(operation.result))
+
+
+def _matrices(operation: Operation, read: Reader, lattice: Lattice) -> Shadows:
+    """All elements of the matrices that lie at one place of a batch."""
+    joined = [lattice.join_along(read(tensor), (-2, -1)) for tensor in operation.read]
+    width = max(shadow.dim() for shadow in joined)
+    aligned = [s.reshape(len(s), *[1] * (width - s.dim()), *s.shape[1:]) for s in joined]
+    batch = lattice.join_many(aligned)[..., 0, 0]
+    return [
+        batch.reshape(*batch.shape, *[1] * (output.dim() + 1 - batch.dim()))
+        for output in _tensors(operation.result)
+    ]
+
+
+def _triangular_solve(operation: Operation, read: Reader, lattice: Lattice) -> Shadows:
+    """A matrix, and one column of the right-hand sides."""
+    if operation["left"] is False:
+        return _matrices(operation, read, lattice)
+    matrix = lattice.join_along(read(operation["self"]), (-2, -1))
+    columns = lattice.join_along(read(operation["B"]), (-2,))
+    return _aligned([matrix, columns], _tensors(operation.result)[0], lattice)
+
+
+def _pooling(operation: Operation, read: Reader, lattice: Lattice) -> Tensor:
+    """All places of one channel of one example."""
+    tensor = operation["self"]
+    width = next(n for n in (1, 2, 3) if f"{n}d" in operation.name)
+    return lattice.join_along(read(tensor), range(-width, 0))
 
 
 def _product(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | None:
@@ -295,32 +337,47 @@ def _selection(operation: Operation, read: Reader, lattice: Lattice) -> Tensor |
             return lattice.move(table_shadow, move)
         return None
     if operation.name == "gather":
-        places = torch.arange(output.numel()).reshape(output.shape)
-        shadows = [read(indices[0])]
+        places = torch.arange(output.numel(), device="cpu").reshape(output.shape)
+        shadow = read(indices[0])
     else:
         shape = torch.broadcast_shapes(*(index.shape for index in indices))
         adjacent = dims == tuple(range(dims[0], dims[0] + len(dims)))
         before = dims[0] if adjacent else 0
         after = output.dim() - before - len(shape)
-        places = torch.arange(shape.numel()).reshape(*[1] * before, *shape, *[1] * after)
-        places = places.expand(output.shape)
-        shadows = [
-            read(index)
-            .expand(lattice.planes, *index.shape)
-            .reshape(
-                lattice.planes,
-                *[1] * (before + len(shape) - index.dim()),
-                *index.shape,
-                *[1] * after,
-            )
-            for index in indices
-        ]
-    joined = lattice.join_many(shadows)
+
+        def placed(values: Tensor) -> Tensor:
+            width = before + len(shape) - (values.dim() - 1)
+            return values.reshape(len(values), *[1] * width, *values.shape[1:], *[1] * after)
+
+        shadow = lattice.join_many([placed(read(index)) for index in indices])
+        if not lattice.follows_positions:
+            dims, indices = _varying(operation, table, dims, indices)
+            if not indices:
+                return lattice.join(lattice.move(table_shadow, move), shadow)
+        shape = torch.broadcast_shapes(*(index.shape for index in indices))
+        places = torch.arange(shape.numel(), device="cpu").reshape(1, *shape)
+        places = placed(places)[0].expand(output.shape)
     if not _marked(table_shadow):
-        return joined
-    index_shadow = joined if _marked(joined) else None
+        return shadow
+    index_shadow = shadow if _marked(shadow) else None
     key = tuple(part for index in indices for part in _identity(index))
     return lattice.select(table_shadow, Selection(dims, move, places, index_shadow, key))
+
+
+def _varying(
+    operation: Operation, table: Tensor, dims: tuple[int, ...], indices: Sequence[Tensor]
+) -> tuple[tuple[int, ...], list[Tensor]]:
+    """Dimensions and indices without those that the program counts through from end to end."""
+    kept = [
+        (dim, index)
+        for dim, index in zip(dims, indices, strict=True)
+        if not (
+            operation.is_range(index)
+            and index.numel() == table.shape[dim]
+            and torch.equal(index.cpu().flatten(), torch.arange(index.numel(), device="cpu"))
+        )
+    ]
+    return tuple(dim for dim, _ in kept), [index for _, index in kept]
 
 
 def _indexing(
@@ -370,8 +427,14 @@ def _scattering(operation: Operation, read: Reader, lattice: Lattice) -> Tensor 
             return _scattered(operation, read, lattice, sources)
         except _NOT_APPLICABLE:
             pass
-    marked = [lattice.join_elements(read(tensor)) for tensor in [*indices, *sources]]
-    return lattice.join(read(target), _spread(lattice.join_many(marked), target))
+    marked = [*indices, *sources]
+    if operation.name.startswith("scatter"):
+        along = [lattice.join_along(read(tensor), (operation["dim"],)) for tensor in marked]
+        written = lattice.join_many(along)
+        if all(b in {1, a} for a, b in zip(target.shape, written.shape[1:], strict=True)):
+            return lattice.join(read(target), written)
+    everything = lattice.join_many([lattice.join_elements(read(tensor)) for tensor in marked])
+    return lattice.join(read(target), _spread(everything, target))
 
 
 def _scattered(
@@ -430,49 +493,54 @@ _FACTORS = {
 _ADDING = frozenset({"addmm", "_addmm_activation", "baddbmm", "addmv"})
 _WITHOUT_SUM = {"scatter_add": "scatter", "index_add": "index_copy", "scatter_reduce": "scatter"}
 
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        "clone _to_copy copy fill lift_fresh native_dropout bernoulli poisson "
-        "_standard_gamma binomial masked_fill where log_sigmoid_forward floor_divide "
-        "__and__ __or__ __xor__".split(),
-        _pointwise,
+_NAMES: dict[Rule, str] = {
+    _pointwise: (
+        "clone _to_copy copy fill lift_fresh native_dropout bernoulli poisson _standard_gamma "
+        "binomial masked_fill where log_sigmoid_forward floor_divide __and__ __or__ __xor__"
     ),
-    **dict.fromkeys(
-        "sum mean amax amin max min prod any all argmax argmin logsumexp var std "
-        "var_mean std_mean norm linalg_vector_norm median nanmedian mode aminmax "
-        "nansum count_nonzero kthvalue".split(),
-        _reduction,
+    _reduction: (
+        "sum mean amax amin max min prod any all argmax argmin logsumexp var std var_mean "
+        "std_mean norm linalg_vector_norm median nanmedian mode aminmax nansum count_nonzero "
+        "kthvalue"
     ),
-    **dict.fromkeys(
-        "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax "
-        "cummin sort argsort topk".split(),
-        _along,
+    _along: (
+        "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort "
+        "argsort topk"
     ),
-    **dict.fromkeys(
-        "cat stack repeat flip roll constant_pad_nd tril triu diag_embed "
-        "unfold_copy select_scatter slice_scatter diagonal_scatter "
-        "as_strided_scatter rot90 block_diag _reshape_alias_copy".split(),
-        _moved,
+    _reshaped: "_unsafe_view view reshape",
+    _moved: (
+        "cat stack repeat flip roll constant_pad_nd tril triu diag_embed unfold_copy "
+        "select_scatter slice_scatter diagonal_scatter as_strided_scatter rot90 block_diag "
+        "unsafe_split unsafe_split_with_sizes transpose t permute"
     ),
-    **dict.fromkeys(_FACTORS, _product),
-    "linear": _linear,
-    "convolution": _convolution,
-    **dict.fromkeys(
-        "native_layer_norm native_group_norm native_batch_norm "
-        "_native_batch_norm_legit _batch_norm_with_update".split(),
-        _normalization,
+    _matrices: (
+        "linalg_cholesky_ex linalg_inv_ex _linalg_det _linalg_slogdet "
+        "_linalg_solve_ex cholesky_inverse cholesky_solve triangular_solve _linalg_eigh linalg_qr "
+        "_linalg_svd linalg_matrix_exp linalg_lu_factor_ex linalg_lu"
     ),
-    **dict.fromkeys(
-        "_scaled_dot_product_flash_attention_for_cpu "
-        "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
-        "_scaled_dot_product_cudnn_attention".split(),
-        _attention,
+    _triangular_solve: "linalg_solve_triangular",
+    _pooling: (
+        "max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d "
+        "_adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d "
+        "upsample_bilinear2d"
     ),
-    **dict.fromkeys("index embedding index_select gather".split(), _selection),
-    **dict.fromkeys(
-        "index_put _index_put_impl index_copy index_add index_fill scatter "
-        "scatter_add scatter_reduce masked_scatter".split(),
-        _scattering,
+    _product: " ".join(_FACTORS),
+    _linear: "linear",
+    _convolution: "convolution",
+    _normalization: (
+        "native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit "
+        "_batch_norm_with_update"
+    ),
+    _attention: (
+        "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
+    ),
+    _selection: "index embedding index_select gather",
+    _scattering: (
+        "index_put _index_put_impl index_copy index_add index_fill scatter scatter_add "
+        "scatter_reduce masked_scatter"
     ),
 }
+
+RULES: dict[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 """Name of an operation → its rule."""

@@ -23,10 +23,10 @@ from pyronat.lattices import LabelSets, Origins
 from pyronat.records import Run, SiteRecord, distribution_tensors
 from pyronat.tracing import Program, quietly, repeatable, run_constant, run_followed
 
+Labels = frozenset[str]
+
 UNKNOWN_FAMILY = "score"
 """Name of the one group of coordinates of a distribution without a closed-form Fisher."""
-
-Labels = frozenset[str]
 
 
 @dataclass
@@ -37,17 +37,19 @@ class GroupFlow:
         name: name of the group.
         coordinates: its coordinates, attached to the graph.
         params: names of the parameters that autograd finds behind them, sorted.
+        hidden: those of them that no operation of the run carries there.
         exact: whether the group has a closed-form Fisher information.
         scalar: whether one batch element has a single scalar coordinate.
         roots: nodes of the entries that the coordinates of each batch element depend on.
     """
 
     name: str
-    coordinates: tuple[Tensor, ...]
+    coordinates: Sequence[Tensor]
     params: tuple[str, ...]
-    exact: bool
-    scalar: bool
-    roots: Tensor
+    hidden: Labels = frozenset()
+    exact: bool = False
+    scalar: bool = False
+    roots: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu"))
 
 
 @dataclass
@@ -61,8 +63,7 @@ class SiteFlow:
         data: sites whose observed data the distribution reads from the arguments' memory.
         coupled: plates along which elements depend on other elements.
         params: parameters that autograd finds behind the distribution, sorted.
-        groups: its groups of coordinates.
-        seen: parameters that operations of the run carry into each group of coordinates.
+        groups: its groups of coordinates by name.
     """
 
     record: SiteRecord
@@ -71,8 +72,7 @@ class SiteFlow:
     data: Labels = frozenset()
     coupled: tuple[str, ...] = ()
     params: tuple[str, ...] = ()
-    groups: list[GroupFlow] = field(default_factory=list)
-    seen: dict[str, Labels] = field(default_factory=dict)
+    groups: dict[str, GroupFlow] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,7 @@ def _follow_values(call: _Call, sites: Mapping[str, SiteFlow]) -> None:
     """Which sites' values reach each distribution, which data, and which parameters each group."""
     data = {f"data of {name}": name for name in sites}
     params = {f"parameter {name}": name for name in call.run.params}
+    names = {id(leaf): name for name, leaf in call.run.params.items() if leaf.requires_grad}
     lattice = LabelSets([*sites, *data, *params])
     flow = Dataflow(lattice)
     for label, name in params.items():
@@ -178,9 +179,23 @@ def _follow_values(call: _Call, sites: Mapping[str, SiteFlow]) -> None:
         site.control = (lattice.decode(flow.escaped) & sites.keys()) - site.parents
         own_data = f"data of {record.name}" in found
         site.data |= {record.name} if own_data else frozenset()
+
+        def owned(tensors: Sequence[Tensor]) -> tuple[str, ...]:
+            return tuple(
+                sorted(
+                    _name(leaf, names, record.name)
+                    for leaf in leaves(tensors, ())
+                    # A leaf that the program made of a sample value is no parameter.
+                    if id(leaf) in names or not lattice.decode(flow.joined(leaf)) & sites.keys()
+                )
+            )
+
+        site.params = owned(distribution_tensors(record.distribution))
         for name, tensors in _coordinates(record).items():
             labels = lattice.decode(flow.joined(*tensors))
-            site.seen[name] = frozenset(params[label] for label in labels & params.keys())
+            seen = frozenset(params[label] for label in labels & params.keys())
+            behind = owned(tensors)
+            site.groups[name] = GroupFlow(name, tensors, behind, hidden=frozenset(behind) - seen)
         flow.mark(record.value, lattice.of(record.name))
 
     call.followed(flow, see)
@@ -257,57 +272,38 @@ def _follow_entries(call: _Call, sites: Mapping[str, SiteFlow]) -> dict[str, Ten
     """Which parameter entries reach which coordinates, and the partition this implies."""
     lattice = EntryGroups()
     flow = Dataflow(lattice)
-    names = {id(leaf): name for name, leaf in call.run.params.items() if leaf.requires_grad}
+    owned = {p for site in sites.values() for group in site.groups.values() for p in group.params}
     nodes = {}
-    for name, leaf in call.run.params.items():
-        if leaf.requires_grad:
-            nodes[name] = lattice.new(leaf.numel()).reshape(leaf.shape)
-            flow.mark(leaf, nodes[name].unsqueeze(0))
+    for name in sorted(owned):
+        leaf = call.run.params[name]
+        nodes[name] = lattice.new(leaf.numel()).reshape(leaf.shape)
+        flow.mark(leaf, nodes[name].unsqueeze(0))
 
     def see(record: SiteRecord) -> None:
         site = sites[record.name]
         site.record = record
-        tensors = distribution_tensors(record.distribution)
-        site.params = _names(tensors, names, record.name)
-        found = groups_of(record.distribution)
-        site.groups = [
-            GroupFlow(
-                name=group.name,
-                coordinates=group.coordinates,
-                params=_names(group.coordinates, names, record.name),
-                exact=True,
-                scalar=group.scalar,
-                roots=_roots(group, flow, lattice),
-            )
-            for group in found or ()
-        ]
-        if found is None:
-            site.groups = [
-                GroupFlow(UNKNOWN_FAMILY, (), site.params, False, False, flow.joined(*tensors))
-            ]
+        for group in groups_of(record.distribution) or ():
+            known = site.groups[group.name]
+            known.coordinates, known.exact = group.coordinates, True
+            known.scalar, known.roots = group.scalar, _roots(group, flow, lattice)
+        for known in site.groups.values():
+            if not known.exact:
+                known.coordinates = distribution_tensors(record.distribution)
+                known.roots = flow.joined(*known.coordinates)
         with flow.paused():
-            if bool(flow.escaped.any()):
+            every = [known.roots for known in site.groups.values()]
+            for known in site.groups.values():
+                # What autograd knows of, but no operation of the run has shown, is read whole.
+                hidden = [nodes[name].reshape(-1) for name in sorted(known.hidden)]
                 # Parameters that left for Python decide on everything that follows.
-                every = torch.cat([flow.escaped, *(group.roots for group in site.groups)])
-                joined = lattice.join_elements(every.unsqueeze(0))
-                for group in site.groups:
-                    group.roots = joined
+                escaped = [flow.escaped, *every] if bool(flow.escaped.any()) else []
+                if hidden or escaped:
+                    joined = torch.cat([known.roots, *hidden, *escaped])
+                    known.roots = lattice.join_elements(joined.unsqueeze(0))
 
     call.followed(flow, see)
-    return _components(sites, nodes, lattice)
-
-
-def _components(
-    sites: Mapping[str, SiteFlow], nodes: Mapping[str, Tensor], lattice: EntryGroups
-) -> dict[str, Tensor]:
-    found = [group for site in sites.values() for group in site.groups]
-    for site in sites.values():
-        for group in site.groups:
-            # What autograd knows of, but no operation of the run has shown, counts as read whole.
-            hidden = [nodes[name].reshape(-1) for name in {*group.params} - site.seen[group.name]]
-            if hidden:
-                group.roots = lattice.join_elements(torch.cat([group.roots, *hidden]).unsqueeze(0))
-    roots = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *(g.roots for g in found)])
+    found = [group.roots for site in sites.values() for group in site.groups.values()]
+    roots = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *found])
     numbers, reached = lattice.components(roots.unique())
     return {
         name: torch.where(reached[node], numbers[node], torch.full_like(node, -1))
@@ -343,13 +339,23 @@ def _roots(group: Group, flow: Dataflow, lattice: EntryGroups) -> Tensor:
         return found[found != 0]
 
 
-def _names(tensors: Sequence[Tensor], names: Mapping[int, str], site: str) -> tuple[str, ...]:
-    found = []
-    for leaf in leaves(tensors, ()):
-        if id(leaf) not in names:
-            raise UnsupportedProgram(
-                f"site {site!r} depends on a parameter of shape {tuple(leaf.shape)} that Pyro does "
-                "not know; register its module with pyro.module or PyroModule, or detach it"
-            )
-        found.append(names[id(leaf)])
-    return tuple(sorted(found))
+def _name(leaf: Tensor, names: Mapping[int, str], site: str) -> str:
+    """The name of a parameter.
+
+    Args:
+        leaf: a leaf that a site depends on.
+        names: names by identity.
+        site: name of the site.
+
+    Returns:
+        The name.
+
+    Raises:
+        UnsupportedProgram: if the leaf is no parameter of Pyro's.
+    """
+    if id(leaf) not in names:
+        raise UnsupportedProgram(
+            f"site {site!r} depends on a parameter of shape {tuple(leaf.shape)} that Pyro does "
+            "not know; register its module with pyro.module or PyroModule, or detach it"
+        )
+    return names[id(leaf)]

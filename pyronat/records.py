@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.distributions.utils import lazy_property
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,23 @@ class Run:
 
 def distribution_tensors(distribution: Distribution) -> list[Tensor]:
     """All tensors that a distribution and the distributions and transforms in it hold."""
-    found: list[Tensor] = []
+    return [tensor for alternatives in held_tensors(distribution) for tensor in alternatives]
+
+
+def held_tensors(distribution: Distribution) -> list[tuple[Tensor, ...]]:
+    """Tensors that a distribution holds, those together that are computed from one of them.
+
+    Distributions keep what they compute on demand, as probabilities of logits. Which ones they
+    hold thus depends on what has been asked of them.
+
+    Args:
+        distribution: with its wrappers.
+
+    Returns:
+        Tuples of one tensor, or of one tensor and what has been computed from it, in any order,
+        where the distribution does not say which one it was given.
+    """
+    found: list[tuple[Tensor, ...]] = []
     stack: list[Any] = [distribution]
     seen: set[int] = set()
     while stack:
@@ -94,12 +112,39 @@ def distribution_tensors(distribution: Distribution) -> list[Tensor]:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, (list, tuple)):
-            stack.extend(item)
-        elif isinstance(item, dict):
-            stack.extend(item.values())
-        elif isinstance(item, (Distribution, torch.distributions.Transform, torch.nn.Module)):
-            stack.extend(vars(item).values())
+        named = enumerate(item) if isinstance(item, (list, tuple)) else _attributes(item).items()
+        lazy = _computed_on_demand(type(item))
+        alternatives = []
+        for name, part in named:
+            if isinstance(part, Tensor):
+                if name in lazy:
+                    alternatives.append(part)
+                elif id(part) not in seen:
+                    seen.add(id(part))
+                    found.append((part,))
+            elif isinstance(part, _HOLDERS) and not isinstance(part, torch.Size):
+                stack.append(part)
+        if alternatives:
+            given = [part for part in alternatives if part is getattr(item, "_param", None)]
+            found.append(tuple(given or alternatives))
     return found
+
+
+def _attributes(item: Any) -> dict[Any, Any]:
+    if isinstance(item, dict):
+        return item
+    # Transforms remember the last value that they have seen.
+    return {name: part for name, part in vars(item).items() if not name.startswith("_cached")}
+
+
+@cache
+def _computed_on_demand(kind: type) -> frozenset[str]:
+    return frozenset(
+        name
+        for ancestor in kind.__mro__
+        for name, attribute in vars(ancestor).items()
+        if isinstance(attribute, lazy_property)
+    )
+
+
+_HOLDERS = (Distribution, torch.distributions.Transform, torch.nn.Module, list, tuple, dict)

@@ -1,0 +1,124 @@
+"""What a run computed, as a short text: equal texts mean equal structure.
+
+The fingerprint of a run is that of the autograd graphs between the parameters and the
+distributions, shapes and values aside. It is taken at every step, where following the run through
+every operation would cost too much.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pyronat.autograd import Edge, edge_of
+from pyronat.families import peel
+from pyronat.records import SiteRecord, held_tensors
+
+_SAVED = {
+    "SelectBackward0": ("_saved_dim", "_saved_index"),
+    "SliceBackward0": ("_saved_dim", "_saved_start", "_saved_end", "_saved_step"),
+}
+"""Nodes that read a part of a tensor which Python numbers choose."""
+
+
+def fingerprint(records: Sequence[SiteRecord], params: Mapping[str, Tensor]) -> str:
+    """Digest of the random sites of a run and of the graphs of their distributions.
+
+    Sites are told apart by name, family and plates, graphs by their operations and parameters.
+    Sample values count as constants. Shapes do not count, nor does what depends on no parameter.
+
+    Args:
+        records: the random sites.
+        params: unconstrained leaves by name.
+
+    Returns:
+        A hexadecimal digest, the same in every process.
+    """
+    names = {id(leaf): name for name, leaf in params.items()}
+    values = [record.value for record in records if record.value.grad_fn is not None]
+    graphs = _Graphs(names, {edge_of(value): _NOTHING for value in values})
+    return _digest("run", tuple(_of_site(record, graphs) for record in records))
+
+
+def _of_site(record: SiteRecord, graphs: _Graphs) -> str:
+    family = type(peel(record.distribution).base).__name__
+    plates = tuple(plate.name for plate in record.plates)
+    # Of tensors that are computed from each other, the first one has the least deep graph.
+    tensors = (
+        min(map(graphs.of_tensor, alternatives)).digest
+        for alternatives in held_tensors(record.distribution)
+    )
+    return _digest(record.name, (family, *plates, *tensors))
+
+
+class _Signature(NamedTuple):
+    """Depth and digest of a graph."""
+
+    depth: int
+    digest: str
+
+
+_NOTHING = _Signature(0, "")
+
+
+class _Graphs:
+    """Signatures of the graphs of one run.
+
+    Args:
+        names: names of the parameters by identity.
+        known: signatures of edges that are not to be crossed.
+    """
+
+    def __init__(self, names: Mapping[int, str], known: dict[Edge, _Signature]) -> None:
+        self._names, self._known = names, known
+
+    def of_tensor(self, tensor: Tensor) -> _Signature:
+        if not tensor.requires_grad:
+            return _NOTHING
+        if tensor.grad_fn is None:
+            return self._of_leaf(tensor)
+        return self._of_edge(edge_of(tensor))
+
+    def _of_leaf(self, leaf: Tensor) -> _Signature:
+        return _Signature(1, _digest("parameter", (self._names.get(id(leaf), "unknown"),)))
+
+    def _of_edge(self, root: Edge) -> _Signature:
+        """Visits nodes after those that they depend on."""
+        known, stack = self._known, [root]
+        while stack:
+            edge = stack[-1]
+            if edge in known:
+                stack.pop()
+                continue
+            node, number = edge
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                known[edge] = self._of_leaf(variable)
+                continue
+            sources = node.next_functions
+            waiting = [s for s in sources if s[0] is not None and s not in known]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            parts = [_NOTHING if s[0] is None else known[s] for s in sources]
+            depth = max((part.depth for part in parts), default=0)
+            known[edge] = _NOTHING
+            if depth:
+                digests = tuple(part.digest for part in parts)
+                known[edge] = _Signature(1 + depth, _digest(_kind(node, number), digests))
+        return known[root]
+
+
+def _kind(node: Any, number: int) -> str:
+    name = str(node.name())
+    saved = [getattr(node, attribute, None) for attribute in _SAVED.get(name, ())]
+    return f"{name}:{number}:{saved}" if saved else f"{name}:{number}"
+
+
+@lru_cache(maxsize=2**16)
+def _digest(kind: str, parts: tuple[str, ...]) -> str:
+    return hashlib.sha1(repr((kind, parts)).encode(), usedforsecurity=False).hexdigest()

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import networkx as nx
-from torch import Tensor
 
 from pyronat.autograd import LinearUnits, SampleGate, linear_units
 from pyronat.errors import UnsupportedProgram
@@ -63,27 +62,23 @@ def analyze(
     return replace(network, guide=analyze_program(guide, args, kwargs))
 
 
-def analyze_program(
-    program: Program,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    values: Mapping[str, Tensor] | None = None,
-) -> BayesNet:
-    """The network of a model or a guide alone.
+def analyze_program(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> BayesNet:
+    """The network of a model or a guide alone, see `analyze`."""
+    return network_of(follow(program, args, kwargs))
+
+
+def network_of(flow: ProgramFlow) -> BayesNet:
+    """The network that an analyzed run shows.
 
     Args:
-        program: model or guide.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        values: values of latent sites to take, so that the program takes the same branches.
+        flow: what flows into every site.
 
     Returns:
         The network.
 
     Raises:
-        UnsupportedProgram: as `analyze`.
+        UnsupportedProgram: if the sites depend on each other in a cycle.
     """
-    flow = follow(program, args, kwargs, values)
     names = {id(leaf): name for name, leaf in flow.params.items()}
     sites = tuple(map(_site, flow.sites))
     factors = [

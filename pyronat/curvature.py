@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyronat.autograd import LinearUnits, SampleGate, jacobian, linear_units
+from pyronat.autograd import LinearUnits, SampleGate, jacobian, leaves, linear_units
 from pyronat.blocks import ParamBlock
 from pyronat.errors import (
     BlockTooLarge,
@@ -29,6 +29,7 @@ from pyronat.families import Group, groups, peel
 from pyronat.graph import BayesNet
 from pyronat.operators import Layout
 from pyronat.partition import layout_of
+from pyronat.programs import KnownProgram
 from pyronat.records import SiteRecord
 
 MAX_DENSE_SIZE = 2048
@@ -46,30 +47,27 @@ class Plan:
     """What is fixed about a program's curvature: its blocks and where their parameters lie.
 
     Attributes:
+        program: the program.
         blocks: blocks to measure, by name.
         layouts: their layouts, by name.
         blocks_of: (site, group of coordinates) → names of its blocks.
-        families: site → name of the family, of all sites of the program.
     """
 
+    program: KnownProgram
     blocks: dict[str, ParamBlock]
     layouts: dict[str, Layout]
     blocks_of: dict[tuple[str, str], tuple[str, ...]]
-    families: dict[str, str]
 
     def owner(self) -> dict[str, str]:
-        """Parameter → name of its block."""
+        """Parameter → name of a block that holds it."""
         return {param: name for name, block in self.blocks.items() for param in block.params}
 
 
-def make_plan(
-    net: BayesNet, params: Mapping[str, Tensor], excluded: Iterable[str] = (), required: bool = True
-) -> Plan:
-    """Plans the curvature of a network's blocks.
+def make_plan(program: KnownProgram, excluded: Iterable[str] = (), required: bool = True) -> Plan:
+    """Plans the curvature of a program's blocks.
 
     Args:
-        net: the analyzed program.
-        params: unconstrained leaves by name.
+        program: the analyzed program.
         excluded: parameters to leave out; a block that holds one is left out whole.
         required: whether every block must be measured; else those that cannot be are left out.
 
@@ -81,6 +79,7 @@ def make_plan(
         BlockTooLarge: if a dense block is too large to be formed.
     """
     left_out = set(excluded)
+    net = program.net
     blocks = {block.name: block for block in net.blocks if not left_out & set(block.params)}
     for name, block in list(blocks.items()):
         obstacle = _obstacle(block, net)
@@ -93,10 +92,10 @@ def make_plan(
         for factor in block.factors:
             blocks_of[factor] = (*blocks_of.get(factor, ()), name)
     return Plan(
+        program=program,
         blocks=blocks,
         layouts={name: layout_of(block) for name, block in blocks.items()},
         blocks_of=blocks_of,
-        families={site.name: site.family for site in net.sites},
     )
 
 
@@ -323,9 +322,8 @@ def observe(
         One factor for each group of coordinates that belongs to a block.
 
     Raises:
-        StructureChanged: if the sites, families or linear units are not those of the plan.
+        StructureChanged: if linear units are not those of the plan.
     """
-    check_sites(records, plan)
     gate = SampleGate([record.value for record in records])
     sites = {site for site, _ in plan.blocks_of}
     try:
@@ -341,30 +339,24 @@ def observe(
         gate.remove()
 
 
-def check_sites(records: Sequence[SiteRecord], plan: Plan) -> None:
-    """Compares a run's sites and families with the plan's.
-
-    Args:
-        records: the random sites of the run.
-        plan: the plan of the program.
-
-    Raises:
-        StructureChanged: naming the sites that differ.
-    """
-    found = {record.name: type(peel(record.distribution).base).__name__ for record in records}
-    if found != plan.families:
-        changed = sorted(set(found.items()) ^ set(plan.families.items()))
-        details = ", ".join(f"{name} ({family})" for name, family in changed)
-        raise StructureChanged(
-            f"sites differ from those analyzed at the first step: {details}; programs whose sites "
-            "depend on sampled values or on the step are not supported yet"
-        )
-
-
 def _factors(
     record: SiteRecord, group: Group, plan: Plan, params: Mapping[str, Tensor], gate: SampleGate
 ) -> list[Factor]:
-    """What one group of coordinates contributes to each of its blocks."""
+    """What one group of coordinates contributes to each of its blocks.
+
+    Args:
+        record: the site.
+        group: one of its groups.
+        plan: the plan of the program.
+        params: unconstrained leaves by name.
+        gate: the sample values.
+
+    Returns:
+        A factor for each block; none if this run reads no parameters there.
+
+    Raises:
+        StructureChanged: if linear units are not those of the plan.
+    """
     names = plan.blocks_of[record.name, group.name]
     factors = [
         Factor(name, record, group.fisher, group.bound, plan.blocks[name].count) for name in names
@@ -372,6 +364,8 @@ def _factors(
     first = plan.blocks[names[0]]
     if first.linear[first.factors.index((record.name, group.name))]:
         units = linear_units(group.coordinates[0], gate)
+        if units is None and not leaves(group.coordinates, gate.edges):
+            return []
         if units is None or units.units != first.count:
             raise StructureChanged(
                 f"site {record.name!r} is no longer a layer of {first.count} linear units of "
@@ -394,18 +388,30 @@ def _factors(
     ]
 
 
-def _jacobian(group: Group, leaves: Sequence[Tensor], gate: SampleGate) -> Tensor:
+def _jacobian(group: Group, params: Sequence[Tensor], gate: SampleGate) -> Tensor:
     """Derivatives of all coordinates `[batch * coordinates, entries]`."""
     size = group.size // len(group.coordinates)
     parts = [
-        jacobian(coordinate, leaves, gate).reshape(-1, size, sum(map(Tensor.numel, leaves)))
+        jacobian(coordinate, params, gate).reshape(-1, size, sum(map(Tensor.numel, params)))
         for coordinate in torch.broadcast_tensors(*group.coordinates)
     ]
     return torch.cat(parts, 1).flatten(0, 1)
 
 
 def _ordered_inputs(units: LinearUnits, block: ParamBlock, params: Mapping[str, Tensor]) -> Tensor:
-    """Inputs of the units in the order of the block, zeros for parameters of other factors."""
+    """Inputs of the units in the order of the block, zeros for parameters of other factors.
+
+    Args:
+        units: the units that were recognized.
+        block: their block.
+        params: unconstrained leaves by name.
+
+    Returns:
+        `[rows, size]`.
+
+    Raises:
+        StructureChanged: if the units use parameters that are not in the block.
+    """
     inputs = {id(term.leaf): term.inputs for term in units.terms}
     rows = next(iter(inputs.values()))
     columns = [

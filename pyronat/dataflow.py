@@ -37,6 +37,10 @@ class Dataflow:
     Args:
         lattice: represents sets of labels and joins them.
 
+    Attributes:
+        escaped: labels of all values that have left for Python, `[planes]`.
+        indexed_by_scalars: whether a 0-d tensor has indexed one that carries labels.
+
     Example:
         >>> from pyronat.lattices import LabelSets
         >>> sets = LabelSets(["a", "b"])
@@ -52,6 +56,7 @@ class Dataflow:
     def __init__(self, lattice: Lattice) -> None:
         self.lattice = lattice
         self.escaped = torch.zeros(lattice.planes, dtype=torch.int64)
+        self.indexed_by_scalars = False
         self.watching = False
         self._memory: dict[int, _Mirror] = {}
         self._ranges: dict[int, Any] = {}
@@ -243,7 +248,7 @@ class _FunctionWatch(TorchFunctionMode):
         if func in _READING:
             self.flow.escape(*[leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)])
         if func is Tensor.__getitem__:
-            return _selected(args[0], args[1])
+            return self._select(args[0], args[1])
         if func is Tensor.__setitem__:
             return self._assign(*args)
         if func is one_hot:
@@ -258,6 +263,14 @@ class _FunctionWatch(TorchFunctionMode):
             if any(map(self.flow.carries, parts)):
                 self.flow.mark(result, self.flow.joined(*parts))
         return result
+
+    def _select(self, tensor: Tensor, index: Any) -> Tensor:
+        """`tensor[z]` with a 0-d integer z, which stays data."""
+        widened = _widened(tensor, index)
+        if widened is None:
+            return tensor[index]
+        self.flow.indexed_by_scalars |= self.flow.carries(tensor)
+        return tensor[widened.index].squeeze(widened.dim)
 
     def _assign(self, tensor: Tensor, index: Any, value: Any) -> None:
         """`tensor[z] = y` with a 0-d integer z, which stays data."""
@@ -291,12 +304,6 @@ def _widened(tensor: Tensor, index: Any) -> _Widened | None:
     between = parts[scalars[0] : scalars[-1]]
     apart = any(isinstance(part, slice) or part is None or part is Ellipsis for part in between)
     return _Widened(wide, 0 if apart else _dims_before(tensor, parts, scalars[0]))
-
-
-def _selected(tensor: Tensor, index: Any) -> Tensor:
-    """`tensor[z]` with a 0-d integer z, which stays data."""
-    widened = _widened(tensor, index)
-    return tensor[index] if widened is None else tensor[widened.index].squeeze(widened.dim)
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:

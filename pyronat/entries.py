@@ -176,8 +176,8 @@ class EntryGroups(Lattice):
                 members = step.members[:, step.columns[mixed[step.nodes]]]
                 nonzero = members != 0
                 edges.append(torch.stack([hidden.expand_as(members)[nonzero], members[nonzero]]))
-        edges += self._rowwise(reached, _connected(self._count, pure))
-        return _connected(self._count, edges), reached
+        edges += self._rowwise(reached, connected_components(self._count, pure))
+        return connected_components(self._count, edges), reached
 
     def reached(self, roots: Tensor) -> Tensor:
         """Nodes that some root contains, `[nodes]`."""
@@ -269,8 +269,16 @@ def _narrowed(shadows: Sequence[Tensor], kept: Sequence[int]) -> list[Tensor]:
     return narrowed
 
 
-def _connected(count: int, edges: Sequence[Tensor]) -> Tensor:
-    """Smallest node of the connected component of each of `count` nodes, edges `[2, n]` each."""
+def connected_components(count: int, edges: Sequence[Tensor]) -> Tensor:
+    """Smallest node of the connected component of each node.
+
+    Args:
+        count: number of nodes.
+        edges: pairs of nodes, each `[2, n]`.
+
+    Returns:
+        `[count]`.
+    """
     label = torch.arange(count)
     if not edges:
         return label

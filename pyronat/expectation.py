@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ def dream_curvature(
     contributions = []
     for _ in range(num_runs):
         run = dream(program, args, kwargs)
+        plan.program.check(run.records, run.params)
         for factor in observe(run.records, plan, run.params):
             contributions.append((factor, factor.record.base_weights() / num_runs))
     return total_curvature(contributions)
@@ -50,7 +51,6 @@ def exact_curvature(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     plan: Plan,
-    net: BayesNet,
 ) -> dict[str, Curvature]:
     """Fisher information with all values of the discrete parents, weighted by probability.
 
@@ -61,16 +61,17 @@ def exact_curvature(
         args: its arguments.
         kwargs: its keyword arguments.
         plan: the plan of the program.
-        net: its network, which says who is a parent.
 
     Returns:
         Curvature by block name.
     """
+    net = plan.program.net
     parents = frozenset(site.name for site in net.sites if net.children(site.name))
     check_simulable(net)
     contributions = []
     for weighted in enumerate_parents(program, args, kwargs, parents):
         probabilities, run = weighted.probabilities, weighted.run
+        plan.program.check(run.records, run.params)
         for factor in observe(run.records, plan, run.params):
             batch = len(factor.record.distribution.batch_shape)
             weights = probabilities.reshape(-1, *[1] * (batch - 1)) if batch else probabilities
@@ -108,7 +109,9 @@ def posterior_curvature(
         p, q = map(scored_records_of, traces)
         plates = datum_plates([*p, *q])
         log_weights.append((plates.log_prob(p) - plates.log_prob(q)).detach())
-        factors.append(observe(records_of(traces[0]), plan, params_of(traces[0])))
+        records, params = records_of(traces[0]), params_of(traces[0])
+        plan.program.check(records, params)
+        factors.append(observe(records, plan, params))
     weights = torch.stack(log_weights).softmax(0)
     return total_curvature(
         (factor, plates.spread(weight, factor.record))
@@ -145,8 +148,9 @@ class LossObserver:
     of guide sites are the guide's own: scale × mask / particles × probability of enumerated values.
 
     Args:
-        model_plan: plan of the model, or None to measure nothing there.
-        guide_plan: plan of the guide, or None to measure nothing there.
+        model_plan: plan of the model.
+        guide_plan: plan of the guide.
+        measured: the programs whose curvature is wanted.
         num_particles: particles that the loss averages over.
         wake_share: weight of the guide on observed data, the rest is on simulated data.
         num_sleep_particles: simulated data sets that the loss averages over.
@@ -155,20 +159,20 @@ class LossObserver:
 
     def __init__(
         self,
-        model_plan: Plan | None,
-        guide_plan: Plan | None,
+        model_plan: Plan,
+        guide_plan: Plan,
+        measured: Set[str] = frozenset({"model", "guide"}),
         num_particles: int = 1,
         wake_share: float = 1.0,
         num_sleep_particles: int = 1,
         guide_matrix: bool = True,
     ) -> None:
-        self._model_plan, self._guide_plan = model_plan, guide_plan
+        self._model_plan, self._guide_plan, self._measured = model_plan, guide_plan, measured
         self._num_particles, self._num_sleep_particles = num_particles, num_sleep_particles
         self._wake_share, self._guide_matrix = wake_share, guide_matrix
         self._model: list[tuple[Factor, list[Tensor]]] = []
         self._guide: list[tuple[Factor, Tensor]] = []
         self.model_sites: tuple[SiteRecord, ...] = ()
-        self.guide_sites: tuple[SiteRecord, ...] = ()
 
     def wake(self, model: Any, guide: Any) -> None:
         """Sees a pair of traces on observed data.
@@ -179,28 +183,29 @@ class LossObserver:
 
         Raises:
             InvalidData: if a batch is empty.
+            UnknownStructure: if one of the programs took a branch that is not known.
         """
-        self.model_sites, self.guide_sites = records_of(model), records_of(guide)
+        self.model_sites, params = records_of(model), params_of(model)
         for record in self.model_sites:
             if record.observed and record.value.numel() == 0:
                 raise InvalidData(f"site {record.name!r} has no data: the batch is empty")
-        if self._model_plan is not None:
-            for factor in observe(self.model_sites, self._model_plan, params_of(model)):
+        self._model_plan.program.check(self.model_sites, params)
+        if "model" in self._measured:
+            for factor in observe(self.model_sites, self._model_plan, params):
                 self._model.append((factor, _gradient_of(factor.record.log_prob)))
-        if self._guide_plan is not None and self._wake_share > 0:
-            self._see_guide(guide, self._guide_plan, self._wake_share / self._num_particles)
+        self._see_guide(guide, self._wake_share / self._num_particles)
 
     def sleep(self, guide: Any) -> None:
         """Sees the guide on simulated data."""
-        if self._guide_plan is not None:
-            share = (1 - self._wake_share) / self._num_sleep_particles
-            self._see_guide(guide, self._guide_plan, share)
+        self._see_guide(guide, (1 - self._wake_share) / self._num_sleep_particles)
 
-    def _see_guide(self, guide: Any, plan: Plan, share: float) -> None:
-        records = records_of(guide)
-        for factor in observe(records, plan, params_of(guide)):
-            weights = _guide_weights(factor.record, records)
-            self._guide.append((factor, weights * share))
+    def _see_guide(self, guide: Any, share: float) -> None:
+        records, params = records_of(guide), params_of(guide)
+        self._guide_plan.program.check(records, params)
+        if "guide" in self._measured and share > 0:
+            for factor in observe(records, self._guide_plan, params):
+                weights = _guide_weights(factor.record, records)
+                self._guide.append((factor, weights * share))
 
     def model_curvature(self, with_matrix: bool = True) -> dict[str, Curvature]:
         """Curvature of the model's blocks, once the loss has been differentiated."""

@@ -8,7 +8,7 @@ every operation would cost too much.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,7 +25,9 @@ _SAVED = {
 """Nodes that read a part of a tensor which Python numbers choose."""
 
 
-def fingerprint(records: Sequence[SiteRecord], params: Mapping[str, Tensor]) -> str:
+def fingerprint(
+    records: Sequence[SiteRecord], params: Mapping[str, Tensor], positions: bool = True
+) -> str:
     """Digest of the random sites of a run and of the graphs of their distributions.
 
     Sites are told apart by name, family and plates, graphs by their operations and parameters.
@@ -34,13 +36,19 @@ def fingerprint(records: Sequence[SiteRecord], params: Mapping[str, Tensor]) -> 
     Args:
         records: the random sites.
         params: unconstrained leaves by name.
+        positions: whether the Python numbers count that rows and slices are taken at. They may not
+            where 0-d tensors index tables: torch turns sample values into such numbers.
 
     Returns:
         A hexadecimal digest, the same in every process.
     """
-    names = {id(leaf): name for name, leaf in params.items()}
-    values = [record.value for record in records if record.value.grad_fn is not None]
-    graphs = _Graphs(names, {edge_of(value): _NOTHING for value in values})
+    values = [record.value for record in records if record.value.requires_grad]
+    graphs = _Graphs(
+        {id(leaf): name for name, leaf in params.items()},
+        {id(value) for value in values},
+        {edge_of(value): _NOTHING for value in values if value.grad_fn is not None},
+        positions,
+    )
     return _digest("run", tuple(_of_site(record, graphs) for record in records))
 
 
@@ -70,20 +78,31 @@ class _Graphs:
 
     Args:
         names: names of the parameters by identity.
+        constants: identities of sample values, which may be leaves.
         known: signatures of edges that are not to be crossed.
+        positions: whether the numbers count that rows and slices are taken at.
     """
 
-    def __init__(self, names: Mapping[int, str], known: dict[Edge, _Signature]) -> None:
-        self._names, self._known = names, known
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        constants: Set[int],
+        known: dict[Edge, _Signature],
+        positions: bool,
+    ) -> None:
+        self._names, self._constants, self._known = names, constants, known
+        self._positions = positions
 
     def of_tensor(self, tensor: Tensor) -> _Signature:
-        if not tensor.requires_grad:
+        if not tensor.requires_grad or id(tensor) in self._constants:
             return _NOTHING
         if tensor.grad_fn is None:
             return self._of_leaf(tensor)
         return self._of_edge(edge_of(tensor))
 
     def _of_leaf(self, leaf: Tensor) -> _Signature:
+        if id(leaf) in self._constants:
+            return _NOTHING
         return _Signature(1, _digest("parameter", (self._names.get(id(leaf), "unknown"),)))
 
     def _of_edge(self, root: Edge) -> _Signature:
@@ -109,14 +128,15 @@ class _Graphs:
             known[edge] = _NOTHING
             if depth:
                 digests = tuple(part.digest for part in parts)
-                known[edge] = _Signature(1 + depth, _digest(_kind(node, number), digests))
+                kind = self._kind(node, number)
+                known[edge] = _Signature(1 + depth, _digest(kind, digests))
         return known[root]
 
-
-def _kind(node: Any, number: int) -> str:
-    name = str(node.name())
-    saved = [getattr(node, attribute, None) for attribute in _SAVED.get(name, ())]
-    return f"{name}:{number}:{saved}" if saved else f"{name}:{number}"
+    def _kind(self, node: Any, number: int) -> str:
+        name = str(node.name())
+        if name not in _SAVED or not self._positions:
+            return f"{name}:{number}"
+        return f"{name}:{number}:{[getattr(node, part, None) for part in _SAVED[name]]}"
 
 
 @lru_cache(maxsize=2**16)

@@ -19,14 +19,13 @@ from pyronat.dataflow import Dataflow
 from pyronat.entries import EntryGroups
 from pyronat.errors import UnsupportedDistribution, UnsupportedProgram
 from pyronat.families import Group, groups, peel
+from pyronat.fingerprint import fingerprint
 from pyronat.lattices import LabelSets, Origins
+from pyronat.partition import UNKNOWN_FAMILY
 from pyronat.records import Run, SiteRecord, distribution_tensors
 from pyronat.tracing import Program, quietly, repeatable, run_constant, run_followed
 
 Labels = frozenset[str]
-
-UNKNOWN_FAMILY = "score"
-"""Name of the one group of coordinates of a distribution without a closed-form Fisher."""
 
 
 @dataclass
@@ -83,11 +82,15 @@ class ProgramFlow:
         sites: in program order.
         params: unconstrained leaves by name, sorted.
         components: number of the unit of each parameter entry, −1 where no site depends on it.
+        fingerprint: of the run.
+        positions: whether positions of rows and slices count in fingerprints of the program.
     """
 
     sites: tuple[SiteFlow, ...]
     params: dict[str, Tensor]
     components: dict[str, Tensor]
+    fingerprint: str
+    positions: bool
 
 
 def follow(
@@ -111,7 +114,7 @@ def follow(
         UnsupportedProgram: if a parameter reaches a site without being registered with Pyro, or
             the runs differ though their random numbers are equal.
     """
-    given = values or {}
+    given = {name: value.detach() for name, value in (values or {}).items()}
     with quietly(), repeatable() as rewind:
         run = run_constant(program, args, kwargs, given)
         call = _Call(program, args, kwargs, given, run)
@@ -120,8 +123,9 @@ def follow(
             rewind()
             step(call, sites)
         rewind()
-        components = _follow_entries(call, sites)
-    return ProgramFlow(tuple(sites.values()), run.params, components)
+        components, positions = _follow_entries(call, sites)
+    found = fingerprint(run.records, run.params, positions)
+    return ProgramFlow(tuple(sites.values()), run.params, components, found, positions)
 
 
 @dataclass(frozen=True)
@@ -268,8 +272,16 @@ def _numbered(tensor: Tensor, dims: Sequence[int | None]) -> Tensor:
     return torch.stack(planes)
 
 
-def _follow_entries(call: _Call, sites: Mapping[str, SiteFlow]) -> dict[str, Tensor]:
-    """Which parameter entries reach which coordinates, and the partition this implies."""
+def _follow_entries(call: _Call, sites: Mapping[str, SiteFlow]) -> tuple[dict[str, Tensor], bool]:
+    """Which parameter entries reach which coordinates, and the partition this implies.
+
+    Args:
+        call: the program.
+        sites: what is known of its sites; their groups are completed.
+
+    Returns:
+        The components, and whether positions in tables are those that the program wrote down.
+    """
     lattice = EntryGroups()
     flow = Dataflow(lattice)
     owned = {p for site in sites.values() for group in site.groups.values() for p in group.params}
@@ -305,10 +317,11 @@ def _follow_entries(call: _Call, sites: Mapping[str, SiteFlow]) -> dict[str, Ten
     found = [group.roots for site in sites.values() for group in site.groups.values()]
     roots = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *found])
     numbers, reached = lattice.components(roots.unique())
-    return {
+    components = {
         name: torch.where(reached[node], numbers[node], torch.full_like(node, -1))
         for name, node in nodes.items()
     }
+    return components, not flow.indexed_by_scalars
 
 
 def groups_of(distribution: Distribution) -> tuple[Group, ...] | None:

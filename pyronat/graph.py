@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import networkx as nx
 
-from pyronat.blocks import ParamBlock
+from pyronat.blocks import ParamBlock, UnitAxes, UnitEntries
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,11 @@ class BayesNet:
             "guide": None if self.guide is None else self.guide._as_dict(),
         }
 
+    @classmethod
+    def from_json(cls, text: str) -> BayesNet:
+        """The network that `to_json` wrote."""
+        return _network(json.loads(text))
+
     def to_dot(self) -> str:
         """The site graph in the DOT language of Graphviz; observed sites are filled."""
         lines = ["digraph {", "  node [shape=ellipse];"]
@@ -252,6 +257,30 @@ class BayesNet:
         for district in self.districts:
             hidden = ", ".join(district.hidden) or "none"
             yield f"  {', '.join(district.sites)}; hidden: {hidden}"
+
+
+def _network(content: dict[str, Any]) -> BayesNet:
+    guide = content["guide"]
+    return BayesNet(
+        sites=tuple(Site(**_tuples(site)) for site in content["sites"]),
+        edges=tuple(Edge(**edge) for edge in content["edges"]),
+        blocks=tuple(_param_block(block) for block in content["blocks"]),
+        without_fisher=_tuples(content["without_fisher"]),
+        guide=None if guide is None else _network(guide),
+    )
+
+
+def _param_block(content: dict[str, Any]) -> ParamBlock:
+    (kind, values), *_ = content["units"].items()
+    units = {"axes": UnitAxes, "entries": UnitEntries}[kind](_tuples(values))
+    return ParamBlock(**{**_tuples(content), "units": units})
+
+
+def _tuples(content: Any) -> Any:
+    """Lists, at any depth, as tuples."""
+    if isinstance(content, dict):
+        return {key: _tuples(value) for key, value in content.items()}
+    return tuple(map(_tuples, content)) if isinstance(content, list) else content
 
 
 def _replicates(members: Sequence[Site]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -16,14 +16,14 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyronat.analysis import analyze
-from pyronat.curvature import Curvature, Plan, check_sites, mix
-from pyronat.errors import InvalidData, NonFiniteStep
+from pyronat.curvature import Curvature, mix
+from pyronat.errors import InvalidData, NonFiniteStep, StructureChanged
 from pyronat.expectation import LossObserver, check_simulable, dream_curvature, exact_curvature
 from pyronat.geometry import Full
 from pyronat.graph import BayesNet
 from pyronat.loss_traces import watch_traces
 from pyronat.optim import NaturalGradient, Proposal, restore, state_of
+from pyronat.programs import MAX_BRANCHES, KnownProgram, UnknownStructure, know, learn
 from pyronat.sides import Role, Side
 from pyronat.tracing import own_random_numbers, params_of, random_state, set_random_state
 
@@ -111,7 +111,8 @@ class NaturalSVI:
             )
         self.model, self.guide, self.optim = model, guide, optim
         self.loss = Trace_ELBO() if loss is None else loss
-        self.net: BayesNet | None = None
+        self._analyzed = False
+        self._leaves: dict[str, Tensor] = {}
         self.info: StepInfo | None = None
         self._rejected = 0
 
@@ -133,12 +134,26 @@ class NaturalSVI:
         Raises:
             InvalidData: if a batch is empty, if an observed value is NaN, or if Pyro or torch
                 refuse arguments that are not finite.
+            StructureChanged: if a program takes a branch that cannot be analyzed.
             NonFiniteStep: after three rejected steps in a row.
         """
         start = time.perf_counter()
-        if self.net is None:
+        if not self._analyzed:
             with _explained(args, kwargs):
                 self._analyze(args, kwargs)
+        state = random_state()
+        for _ in range(MAX_BRANCHES):
+            try:
+                return self._try_step(start, args, kwargs)
+            except UnknownStructure as unknown:
+                self._learn(unknown, args, kwargs)
+                set_random_state(state)
+        raise StructureChanged(
+            f"the programs took {MAX_BRANCHES} branches in one step that were all new"
+        )
+
+    def _try_step(self, start: float, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+        """One step, or none if a program takes a branch that is not known."""
         optim = self.optim
         refresh = optim.refresh_due
         observer = self._observer(refresh)
@@ -147,7 +162,8 @@ class NaturalSVI:
         with poutine.trace(param_only=True) as capture:
             try:
                 loss = self._backward(observer, args, kwargs)
-                params = params_of(capture.trace)
+                self._leaves.update(params_of(capture.trace))
+                params = dict(sorted(self._leaves.items()))
                 gradients = {name: _gradient(leaf) for name, leaf in params.items()}
                 optim.check_params(gradients)
                 if math.isfinite(loss) and _all_finite(gradients.values()):
@@ -165,6 +181,14 @@ class NaturalSVI:
         self._count_rejections(accepted, observer, info)
         return loss
 
+    @property
+    def net(self) -> BayesNet | None:
+        """The network of the model with the guide's, over all branches seen; None before."""
+        if not self._analyzed:
+            return None
+        sides = self.optim.sides
+        return replace(sides["model"].net, guide=sides["guide"].net)
+
     def _analyze(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Creates the parameters as a first evaluation of the loss would, then plans the blocks.
 
@@ -180,26 +204,43 @@ class NaturalSVI:
             after = random_state()
         if stored != set(pyro.get_param_store().keys()):
             set_random_state(after)
-        net = analyze(self.model, *args, guide=self.guide, **kwargs)
-        sources = self.optim.geometry.sources.keys()
-        if {"dreams", "exact"} & sources:
-            check_simulable(net)
-        self.optim.bind(net, {**params_of(guide_trace), **params_of(model_trace)})
-        self.net = net
+        model, guide = know(self.model, args, kwargs), know(self.guide, args, kwargs)
+        self._check_simulable(model)
+        self.optim.bind({"model": model, "guide": guide})
+        self._leaves = {**params_of(guide_trace), **params_of(model_trace)}
+        self._analyzed = True
+
+    def _check_simulable(self, model: KnownProgram) -> None:
+        if {"dreams", "exact"} & self.optim.geometry.sources.keys():
+            check_simulable(model.net)
+
+    def _learn(
+        self, unknown: UnknownStructure, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Analyzes the branch that a program took, and plans the blocks anew."""
+        programs = {role: side.plan.program for role, side in self.optim.sides.items()}
+        if unknown.known is programs["model"]:
+            programs["model"] = learn(unknown, self.model, args, kwargs)
+            self._check_simulable(programs["model"])
+        else:
+            programs["guide"] = learn(unknown, self.guide, args, kwargs)
+        self.optim.replan(programs)
 
     def _observer(self, refresh: bool) -> LossObserver:
-        sides = self.optim.sides
-        model, guide = sides["model"], sides.get("guide")
-        wanted: Plan | None = None
-        if "posterior" in model.geometry.sources or not model.natural:
-            wanted = model.plan
+        model, guide = self.optim.sides["model"], self.optim.sides["guide"]
+        measured = set()
+        if refresh and ("posterior" in model.geometry.sources or not model.natural):
+            measured.add("model")
+        if refresh and guide.plan.blocks:
+            measured.add("guide")
         return LossObserver(
-            wanted if refresh else None,
-            guide.plan if refresh and guide is not None and guide.plan.blocks else None,
+            model.plan,
+            guide.plan,
+            frozenset(measured),
             num_particles=self.loss.num_particles,
             wake_share=getattr(self.loss, "insomnia", 1.0),
             num_sleep_particles=getattr(self.loss, "num_sleep_particles", 1),
-            guide_matrix=guide is not None and guide.natural,
+            guide_matrix=guide.natural,
         )
 
     def _backward(
@@ -220,13 +261,7 @@ class NaturalSVI:
         """
         with _explained(args, kwargs), watch_traces(self.loss, observer):
             loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        self._check_programs(observer)
         return float(loss[0] if isinstance(loss, tuple) else loss)
-
-    def _check_programs(self, observer: LossObserver) -> None:
-        check_sites(observer.model_sites, self.optim.sides["model"].plan)
-        if "guide" in self.optim.sides:
-            check_sites(observer.guide_sites, self.optim.sides["guide"].plan)
 
     def _curvature(
         self, observer: LossObserver, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -242,19 +277,17 @@ class NaturalSVI:
                     runs = model.geometry.num_runs if isinstance(model.geometry, Full) else 1
                     part = dream_curvature(self.model, args, kwargs, model.plan, runs)
                 elif source == "exact":
-                    part = exact_curvature(self.model, args, kwargs, model.plan, model.net)
+                    part = exact_curvature(self.model, args, kwargs, model.plan)
                 else:
                     part = observer.model_curvature()
                 parts.append((share, part))
             if not model.natural:
                 parts.append((1.0, observer.model_curvature(with_matrix=False)))
             found["model"] = _weighted(parts)
-            guide = sides.get("guide")
-            if guide is not None and guide.plan.blocks:
+            guide = sides["guide"]
+            if guide.plan.blocks:
                 if "exact" in guide.geometry.sources:
-                    found["guide"] = exact_curvature(
-                        self.guide, args, kwargs, guide.plan, guide.net
-                    )
+                    found["guide"] = exact_curvature(self.guide, args, kwargs, guide.plan)
                 else:
                     found["guide"] = observer.guide_curvature()
         return found

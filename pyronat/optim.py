@@ -12,7 +12,7 @@ import pyro.optim
 import torch
 from torch import Tensor
 
-from pyronat.curvature import Curvature, make_plan
+from pyronat.curvature import Curvature, Plan, make_plan
 from pyronat.errors import (
     CheckpointMismatch,
     StockSVI,
@@ -21,7 +21,8 @@ from pyronat.errors import (
 )
 from pyronat.geometry import Euclidean, Full, Geometry
 from pyronat.graph import BayesNet
-from pyronat.sides import Role, Side
+from pyronat.programs import KnownProgram
+from pyronat.sides import Role, Side, restored_program
 from pyronat.steps import (
     Constant,
     Damping,
@@ -33,7 +34,7 @@ from pyronat.steps import (
     Schedule,
 )
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 CONTINUOUS = frozenset({
     "Normal",
     "LogNormal",
@@ -135,35 +136,59 @@ class NaturalGradient(pyro.optim.PyroOptim):
         """Whether the optimizer knows its program."""
         return bool(self.sides)
 
-    def bind(self, net: BayesNet, params: Mapping[str, Tensor]) -> None:
-        """Plans the curvature of an analyzed program.
+    def bind(self, programs: Mapping[Role, KnownProgram]) -> None:
+        """Plans the curvature of analyzed programs.
 
         Args:
-            net: the model's network, with the guide's.
-            params: unconstrained leaves of both by name.
+            programs: the model and its guide.
 
         Raises:
             UnassignedParameter: if model and guide share a parameter.
         """
-        excluded = {name for name in params if any(fnmatchcase(name, p) for p in self.exclude)}
-        nets: dict[Role, BayesNet] = {"model": net}
-        if net.guide is not None:
-            nets["guide"] = net.guide
-            shared = (set(net.params) & set(net.guide.params)) - excluded
-            if shared:
-                raise UnassignedParameter(
-                    f"{', '.join(sorted(shared))} is used by model and guide, which have separate "
-                    "geometries; leave it to another optimizer with exclude=[...]"
-                )
-        sides = {}
-        for role, own in nets.items():
-            geometry = self.geometry if role == "model" else self._guide_geometry(own)
-            plan = make_plan(own, params, excluded, required=bool(geometry.sources))
-            sides[role] = Side(role, geometry, own, plan)
-        self.sides = sides
+        self.sides = self._sides(programs)
         if self._pending is not None:
             self._restore(self._pending)
             self._pending = None
+
+    def replan(self, programs: Mapping[Role, KnownProgram]) -> None:
+        """Plans the curvature of programs that are known better than before.
+
+        Blocks that are as they were keep their averages.
+
+        Args:
+            programs: the model and its guide.
+
+        Raises:
+            UnassignedParameter: if model and guide share a parameter.
+        """
+        sides = self._sides(programs)
+        self.sides = {
+            role: self.sides[role].replanned(side.plan)
+            if self.sides[role].geometry == side.geometry
+            else side
+            for role, side in sides.items()
+        }
+
+    def _sides(self, programs: Mapping[Role, KnownProgram]) -> dict[Role, Side]:
+        model, guide = programs["model"].net, programs["guide"].net
+        shared = {n for n in set(model.params) & set(guide.params) if not self._is_excluded(n)}
+        if shared:
+            raise UnassignedParameter(
+                f"{', '.join(sorted(shared))} is used by model and guide, which have separate "
+                "geometries; leave it to another optimizer with exclude=[...]"
+            )
+        sides = {}
+        for role, program in programs.items():
+            geometry = self.geometry if role == "model" else self._guide_geometry(program.net)
+            sides[role] = Side(role, geometry, self._plan(program, geometry))
+        return sides
+
+    def _plan(self, program: KnownProgram, geometry: Geometry) -> Plan:
+        excluded = filter(self._is_excluded, program.net.params)
+        return make_plan(program, excluded, required=bool(geometry.sources))
+
+    def _is_excluded(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def _guide_geometry(self, net: BayesNet) -> Geometry:
         if self.guide_geometry is not None:
@@ -190,36 +215,32 @@ class NaturalGradient(pyro.optim.PyroOptim):
         return {name: owners.get(name, "others") for name in names}
 
     def check_params(self, params: Mapping[str, Tensor]) -> None:
-        """Compares the parameters of a step with the analyzed ones.
+        """Compares the shapes of parameters with the analyzed ones.
 
         Args:
             params: tensors of the parameters' shapes, by name.
 
         Raises:
-            StructureChanged: naming those that are new, missing or of another shape.
+            StructureChanged: naming those of another shape.
         """
-        known = {name for side in self.sides.values() for name in side.net.params}
-        shapes = {
-            name: shape
+        changed = {
+            name
             for side in self.sides.values()
-            for layout in side.plan.layouts.values()
-            for name, shape in zip(layout.names, layout.shapes, strict=True)
-        }
-        changed = known.symmetric_difference(params) | {
-            name for name in shapes.keys() & params.keys() if params[name].shape != shapes[name]
+            for block in side.plan.blocks.values()
+            for name, shape in zip(block.params, block.shapes, strict=True)
+            if name in params and params[name].shape != shape
         }
         if changed:
             raise StructureChanged(
-                f"parameters differ from those of the first step: {', '.join(sorted(changed))}; "
-                "create all parameters before training, use them at every step, and keep their "
-                "shapes"
+                f"parameters have other shapes than at the first step: "
+                f"{', '.join(sorted(changed))}; keep the shapes of parameters"
             )
 
     @property
     def refresh_due(self) -> bool:
         """Whether this step measures curvature."""
-        empty = any(side.plan.blocks and not side.average for side in self.sides.values())
-        return empty or self.step_count % self.curvature.refresh == 0
+        incomplete = any(not side.complete for side in self.sides.values())
+        return incomplete or self.step_count % self.curvature.refresh == 0
 
     # One step, computed without side effects
 
@@ -330,13 +351,15 @@ class NaturalGradient(pyro.optim.PyroOptim):
             raise CheckpointMismatch(
                 f"the state has sides {sorted(state['sides'])}, the program {sorted(self.sides)}"
             )
-        # A state from before the first step has no sides: it is a start.
-        sides = {
-            role: side.restored(state["sides"][role])
-            if state["sides"]
-            else replace(side, refreshes=0, average={}, solved={})
-            for role, side in self.sides.items()
-        }
+        sides = {}
+        for role, side in self.sides.items():
+            if state["sides"]:
+                program = restored_program(side.plan.program, state["sides"][role], role)
+                plan = self._plan(program, side.geometry)
+                sides[role] = side.restored(state["sides"][role], plan)
+            else:
+                # A state from before the first step has no sides: it is a start.
+                sides[role] = replace(side, refreshes=0, average={}, solved={})
         self.step_count, self.seed = state["step_count"], state["seed"]
         self.sides = sides
         self._moments = {name: Moments(**moments) for name, moments in state["moments"].items()}

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from math import prod
+from typing import Literal
 
 import networkx as nx
 import torch
 from torch import Tensor
 
 from pyronat.blocks import ParamBlock, UnitAxes, UnitEntries, Units
+from pyronat.entries import connected_components
+from pyronat.errors import StructureChanged
+from pyronat.graph import BayesNet, Edge, Site
 from pyronat.operators import AxesLayout, EntriesLayout, Layout
 
-Shape = tuple[int, ...]
+UNKNOWN_FAMILY = "score"
+"""Name of the one group of coordinates of a distribution without a closed-form Fisher."""
 
 
 @dataclass(frozen=True)
@@ -224,3 +229,123 @@ def _is_linear(
         if name not in axes or axes[name] != tuple(a for a in recognized if shape[a] > 1):
             return False
     return True
+
+
+def union(first: BayesNet, second: BayesNet) -> BayesNet:
+    """The network of a program that is now the one, now the other.
+
+    Sites and edges are united; two parameter entries are in one unit if they are in either
+    network, or in a chain of such units. Guides are left out.
+
+    Args:
+        first: a network.
+        second: a network of another run of the same program.
+
+    Returns:
+        The union, sites in the order of the first.
+
+    Raises:
+        StructureChanged: if a parameter has changed its shape.
+    """
+    sites = {site.name: site for site in first.sites}
+    for site in second.sites:
+        sites[site.name] = _site_union(sites[site.name], site) if site.name in sites else site
+    kinds: dict[tuple[str, str], Literal["data", "control"]] = {}
+    for edge in sorted([*first.edges, *second.edges], key=lambda edge: edge.kind):
+        kinds[edge.parent, edge.child] = edge.kind
+    blocks = blocks_of(
+        _joined_components(first.blocks, second.blocks),
+        _factor_union([*_factors(first), *_factors(second)]),
+        list(sites),
+    )
+    assigned = {name for block in blocks for name in block.params}
+    without = dict([*first.without_fisher, *second.without_fisher])
+    order = list(sites)
+    return BayesNet(
+        sites=tuple(sites.values()),
+        edges=tuple(
+            Edge(*pair, kind)
+            for pair, kind in sorted(
+                kinds.items(),
+                key=lambda item: (order.index(item[0][1]), item[1] != "data", item[0]),
+            )
+        ),
+        blocks=blocks,
+        without_fisher=tuple(sorted((n, r) for n, r in without.items() if n not in assigned)),
+    )
+
+
+def _site_union(first: Site, second: Site) -> Site:
+    def merged(a: Sequence[str], b: Sequence[str]) -> tuple[str, ...]:
+        return tuple(sorted({*a, *b}))
+
+    return replace(
+        first,
+        kind="observed" if "observed" in {first.kind, second.kind} else "latent",
+        family=" | ".join(merged(first.family.split(" | "), second.family.split(" | "))),
+        plates=tuple(plate for plate in first.plates if plate in second.plates),
+        params=merged(first.params, second.params),
+        reads_data=merged(first.reads_data, second.reads_data),
+        coupled_plates=merged(first.coupled_plates, second.coupled_plates),
+    )
+
+
+def _joined_components(
+    first: Sequence[ParamBlock], second: Sequence[ParamBlock]
+) -> dict[str, Tensor]:
+    """Units of either partition, joined where they share an entry."""
+    one, two = components_of(first), components_of(second)
+    count = sum(block.count for block in first)
+    edges = []
+    for name in one.keys() & two.keys():
+        if one[name].shape != two[name].shape:
+            raise StructureChanged(
+                f"parameter {name!r} has changed its shape from {tuple(one[name].shape)} to "
+                f"{tuple(two[name].shape)}; keep the shapes of parameters"
+            )
+        both = (one[name] >= 0) & (two[name] >= 0)
+        edges.append(torch.stack([one[name][both], two[name][both] + count]))
+    joined = connected_components(count + sum(block.count for block in second), edges)
+    found = {}
+    for name in one.keys() | two.keys():
+        left = one.get(name, torch.full_like(two.get(name, one.get(name)), -1))
+        right = two.get(name, torch.full_like(left, -1))
+        number = torch.where(left >= 0, left, torch.where(right >= 0, right + count, right))
+        found[name] = torch.where(number >= 0, joined[number.clamp_min(0)], number)
+    return found
+
+
+def _factors(net: BayesNet) -> list[FactorStructure]:
+    """The factors of all blocks, with the parameters that site and block have in common."""
+    sites = {site.name: site for site in net.sites}
+    found = []
+    for block in net.blocks:
+        for (site, group), linear in zip(block.factors, block.linear, strict=True):
+            owned = [i for i, name in enumerate(block.params) if name in sites[site].params]
+            axes = block.units.axes if linear and isinstance(block.units, UnitAxes) else None
+            found.append(
+                FactorStructure(
+                    site=site,
+                    group=group,
+                    params=tuple(block.params[i] for i in owned),
+                    exact=group != UNKNOWN_FAMILY,
+                    plates=sites[site].plates,
+                    unit_axes=None if axes is None else tuple(axes[i] for i in owned),
+                )
+            )
+    return found
+
+
+def _factor_union(factors: Sequence[FactorStructure]) -> list[FactorStructure]:
+    """Factors of the same coordinates as one, linear where all of them are and agree."""
+    merged: dict[tuple[str, str], FactorStructure] = {}
+    for factor in factors:
+        known = merged.get((factor.site, factor.group))
+        if known is not None and known != factor:
+            params = tuple(sorted({*known.params, *factor.params}))
+            alike = known.params == factor.params and known.unit_axes == factor.unit_axes
+            plates = tuple(plate for plate in known.plates if plate in factor.plates)
+            axes = known.unit_axes if alike else None
+            factor = replace(known, params=params, plates=plates, unit_axes=axes)
+        merged[factor.site, factor.group] = factor
+    return list(merged.values())

@@ -9,11 +9,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from pyronat.blocks import ParamBlock
 from pyronat.curvature import Curvature, Plan, mix
 from pyronat.errors import CheckpointMismatch, PyronatError
 from pyronat.geometry import Geometry
 from pyronat.graph import BayesNet
 from pyronat.operators import BlockMatrix, CholeskyFactor, add_parts
+from pyronat.programs import KnownProgram
 from pyronat.steps import Damping, RunningAverage
 
 Role: TypeAlias = Literal["model", "guide"]
@@ -39,8 +41,7 @@ class Side:
     Attributes:
         role: "model" or "guide".
         geometry: its metric.
-        net: its structure.
-        plan: the blocks that are measured.
+        plan: its structure, and the blocks that are measured.
         refreshes: how often the average was refreshed.
         average: running average of the curvature by block.
         solved: damped factors by block, of a natural geometry.
@@ -48,11 +49,34 @@ class Side:
 
     role: Role
     geometry: Geometry
-    net: BayesNet
     plan: Plan
     refreshes: int = 0
     average: Mapping[str, Curvature] = field(default_factory=dict)
     solved: Mapping[str, SolvedBlock] = field(default_factory=dict)
+
+    @property
+    def net(self) -> BayesNet:
+        """The structure of the program."""
+        return self.plan.program.net
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block has been measured."""
+        return self.plan.blocks.keys() <= self.average.keys()
+
+    def replanned(self, plan: Plan) -> Side:
+        """This side with another plan; blocks that have not changed keep their averages."""
+        kept = {
+            name
+            for name, block in plan.blocks.items()
+            if name in self.plan.blocks and _same_entries(block, self.plan.blocks[name])
+        }
+        return replace(
+            self,
+            plan=plan,
+            average={name: value for name, value in self.average.items() if name in kept},
+            solved={name: value for name, value in self.solved.items() if name in kept},
+        )
 
     @property
     def natural(self) -> bool:
@@ -127,13 +151,11 @@ class Side:
         return directions, products
 
     def state(self) -> dict[str, Any]:
-        """Structure, running averages and damping as plain tensors, numbers, lists and dicts."""
+        """Structure, running averages and damping as plain tensors, numbers, strings and dicts."""
         return {
-            "families": dict(self.plan.families),
-            "shapes": {
-                name: [list(shape) for shape in layout.shapes]
-                for name, layout in self.plan.layouts.items()
-            },
+            "net": self.net.to_json(),
+            "runs": sorted(self.plan.program.runs),
+            "positions": self.plan.program.positions,
             "refreshes": self.refreshes,
             "average": {
                 name: {key: value for key, value in vars(curvature).items() if value is not None}
@@ -142,11 +164,12 @@ class Side:
             "damping": {name: solved.damping for name, solved in self.solved.items()},
         }
 
-    def restored(self, state: Mapping[str, Any]) -> Side:
+    def restored(self, state: Mapping[str, Any], plan: Plan) -> Side:
         """This side with the averages of a state; its blocks are factored as they were.
 
         Args:
             state: what `state` returned.
+            plan: the plan of the structure in the state.
 
         Returns:
             The side.
@@ -154,28 +177,71 @@ class Side:
         Raises:
             CheckpointMismatch: if the state is of another program or geometry.
         """
-        own = self.state()
-        for key in ("families", "shapes"):
-            if state[key] != own[key]:
-                changed = sorted(
-                    name
-                    for name in state[key].keys() | own[key].keys()
-                    if state[key].get(name) != own[key].get(name)
-                )
-                raise CheckpointMismatch(
-                    f"the state is of another program: {key} of {', '.join(changed)} of the "
-                    f"{self.role} differ"
-                )
         if self.natural != bool(state["damping"]) and state["average"]:
             raise CheckpointMismatch(f"the state is of another geometry of the {self.role}")
+        if state["average"] and plan.blocks.keys() != state["average"].keys():
+            changed = ", ".join(sorted(plan.blocks.keys() ^ state["average"].keys()))
+            raise CheckpointMismatch(f"other blocks of the {self.role} are measured: {changed}")
         average = {
             name: Curvature(values.get("matrix"), values["leverage"], values["reach"])
             for name, values in state["average"].items()
         }
-        side = replace(self, refreshes=state["refreshes"], average=average)
+        side = replace(self, plan=plan, refreshes=state["refreshes"], average=average, solved={})
         solved = {}
         for name, damping in state["damping"].items():
             matrix = average[name].matrix
             assert matrix is not None
             solved[name] = side._solve(name, matrix, damping)
         return replace(side, solved=solved)
+
+
+def restored_program(own: KnownProgram, state: Mapping[str, Any], role: Role) -> KnownProgram:
+    """The program of a state, which may know more branches than the one at hand.
+
+    Args:
+        own: what is known of the program at hand.
+        state: state of a side.
+        role: of the side.
+
+    Returns:
+        The program of the state.
+
+    Raises:
+        CheckpointMismatch: if the state is of another program.
+    """
+    saved = BayesNet.from_json(state["net"])
+    known = KnownProgram(saved, frozenset(state["runs"]), state["positions"])
+    families, saved_families = _families(own.net), _families(saved)
+    changed = [
+        name
+        for name in families.keys() | saved_families.keys()
+        if not set(families.get(name, "").split(" | "))
+        <= set(saved_families.get(name, "").split(" | "))
+    ]
+    shapes, saved_shapes = _shapes(own.net), _shapes(saved)
+    changed += [name for name in shapes if shapes[name] != saved_shapes.get(name)]
+    if len(known.runs) == 1:
+        changed += sorted(saved_families.keys() - families.keys())
+        changed += sorted(saved_shapes.keys() - shapes.keys())
+    if changed:
+        raise CheckpointMismatch(
+            f"the state is of another program: {', '.join(sorted(set(changed)))} of the {role} "
+            "differ in family or shape"
+        )
+    return known
+
+
+def _families(net: BayesNet) -> dict[str, str]:
+    return {site.name: site.family for site in net.sites}
+
+
+def _shapes(net: BayesNet) -> dict[str, tuple[int, ...]]:
+    return {
+        name: shape
+        for block in net.blocks
+        for name, shape in zip(block.params, block.shapes, strict=True)
+    }
+
+
+def _same_entries(first: ParamBlock, second: ParamBlock) -> bool:
+    return (first.params, first.shapes, first.units) == (second.params, second.shapes, second.units)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyronat.analysis import analyze
 from pyronat.curvature import Curvature, make_plan, mix
 from pyronat.errors import UnsupportedProgram
 from pyronat.expectation import (
@@ -21,7 +20,8 @@ from pyronat.expectation import (
 from pyronat.geometry import Full, Geometry
 from pyronat.graph import BayesNet
 from pyronat.operators import BlockMatrix, Layout, add_parts
-from pyronat.tracing import dream
+from pyronat.programs import KnownProgram, know, with_all_branches
+from pyronat.tracing import Program
 
 
 @dataclass(frozen=True)
@@ -138,19 +138,34 @@ def fisher(
         raise UnsupportedProgram(
             "a posterior expectation needs a guide: pass guide=..., or use Full('model')"
         )
-    net = analyze(model, *args, **kwargs)
+    return with_all_branches(
+        know(model, args, kwargs),
+        model,
+        args,
+        kwargs,
+        lambda known: _measured(known, model, args, kwargs, metric, guide, num_samples),
+    )
+
+
+def _measured(
+    known: KnownProgram,
+    model: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    metric: Geometry,
+    guide: Program | None,
+    num_samples: int,
+) -> Fisher:
     if {"dreams", "exact"} & metric.sources.keys():
-        check_simulable(net)
-    with torch.random.fork_rng():
-        params = dream(model, args, kwargs).params
-    plan = make_plan(net, params)
+        check_simulable(known.net)
+    plan = make_plan(known)
     total: dict[str, Curvature] = {}
     weight = 0.0
     for source, share in metric.sources.items():
         if source == "dreams":
             part = dream_curvature(model, args, kwargs, plan, num_samples)
         elif source == "exact":
-            part = exact_curvature(model, args, kwargs, plan, net)
+            part = exact_curvature(model, args, kwargs, plan)
         else:
             assert guide is not None
             part = posterior_curvature(model, guide, args, kwargs, plan, num_samples)
@@ -158,7 +173,7 @@ def fisher(
         total = mix(total, part, share / weight)
     matrices = {name: c.matrix for name, c in total.items() if c.matrix is not None}
     return Fisher(
-        net=net,
+        net=known.net,
         blocks={name: BlockMatrix(matrix) for name, matrix in matrices.items()},
         layouts={name: plan.layouts[name] for name in matrices},
     )

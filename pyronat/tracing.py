@@ -185,7 +185,12 @@ def run_followed(
 
 def _give(message: dict[str, Any], values: Mapping[str, Tensor]) -> None:
     if not message["is_observed"] and message["name"] in values:
-        _set_value(message, values[message["name"]].detach())
+        _set_value(message, values[message["name"]])
+
+
+def unconditioned(program: Program) -> Program:
+    """The program with its observed sites sampled."""
+    return poutine.uncondition(program)  # type: ignore[no-any-return]
 
 
 def dream(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Run:
@@ -227,7 +232,7 @@ def run_on(
         _draw_constant(message)
 
     with _Outermost(visit):
-        trace = poutine.trace(poutine.uncondition(program)).get_trace(*args, **kwargs)
+        trace = poutine.trace(unconditioned(program)).get_trace(*args, **kwargs)
     return Run(records_of(trace), params_of(trace))
 
 

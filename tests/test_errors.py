@@ -114,30 +114,25 @@ def indefinite_block() -> None:
     step(normal, damping=ConstantDamping(-math.inf))
 
 
-def other_site() -> None:
-    names = ["x"]
-
+def other_shape() -> None:
     def model(x: Tensor) -> None:
-        pyro.sample(names[0], dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x[0])
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample("x", dist.Normal(loc.sum(), 1.0), obs=x[0])
 
     svi = NaturalSVI(model, no_guide, NaturalGradient())
     svi.step(X)
-    names[0] = "renamed"
+    pyro.get_param_store()["loc"] = torch.zeros(2)
     svi.step(X)
 
 
-def late_parameter() -> None:
-    late = [False]
+def restless() -> None:
+    calls = iter(range(1000))
 
     def model(x: Tensor) -> None:
-        normal(x)
-        if late[0]:
-            pyro.param("late", torch.tensor(0.0))
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample(f"x{next(calls)}", dist.Normal(loc, 1.0), obs=x[0])
 
-    svi = NaturalSVI(model, no_guide, NaturalGradient())
-    svi.step(X)
-    late[0] = True
-    svi.step(X)
+    pyronat.analyze(model, X)
 
 
 def stock() -> None:
@@ -212,15 +207,15 @@ TABLE = (
     Row(errors.BlockTooLarge, large_block, ("large", "4900", "exclude", "Euclidean()")),
     Row(errors.NotPositiveDefinite, indefinite, ("1 of 1", "size 2", "raise the damping")),
     Row(errors.NotPositiveDefinite, indefinite_block, ("block of loc", "damping")),
-    Row(errors.StructureChanged, other_site, ("x (Normal)", "renamed (Normal)", "first step")),
-    Row(errors.StructureChanged, late_parameter, ("late", "before training")),
+    Row(errors.StructureChanged, other_shape, ("loc", "keep the shapes")),
+    Row(errors.UnsupportedProgram, restless, ("x0", "x1", "from call to call")),
     Row(errors.StockSVI, stock, ("pyro.infer.SVI", "pyronat.NaturalSVI(")),
     Row(errors.InvalidData, nan_data, ("NaN",)),
     Row(errors.InvalidData, empty_batch, ("batch is empty",)),
     Row(errors.NonFiniteStep, diverged, ("3 steps", "last good step", "Lower lr", "damping")),
     Row(errors.UnassignedParameter, shared, ("both", "exclude=")),
     Row(errors.CheckpointMismatch, not_a_state, ("NaturalGradient", "format")),
-    Row(errors.CheckpointMismatch, other_program, ("of z of the model", "another program")),
+    Row(errors.CheckpointMismatch, other_program, ("z of the model", "another program")),
     Row(errors.NoGuideOnDreams, asleep, ("x", "'observations'", "arguments")),
 )
 

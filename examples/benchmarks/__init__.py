@@ -1,0 +1,1 @@
+"""Measurements of cost; run each as a module from the repository root."""

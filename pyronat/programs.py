@@ -1,0 +1,217 @@
+"""What is known of a program: its network, and the runs that the network has been proven for.
+
+A program that branches on sampled values, or on anything else, has no one structure. Its network is
+the union over the runs that have been seen, told apart by their fingerprints; a run that has not
+been seen is analyzed as soon as it occurs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from pyronat.analysis import network_of
+from pyronat.autograd import edge_of, leaves
+from pyronat.errors import StructureChanged
+from pyronat.families import peel
+from pyronat.fingerprint import fingerprint
+from pyronat.flows import follow
+from pyronat.graph import BayesNet
+from pyronat.partition import union
+from pyronat.records import SiteRecord, distribution_tensors
+from pyronat.tracing import Program, quietly, repeatable, run_constant, unconditioned
+
+MAX_BRANCHES = 32
+"""Runs of unknown structure that are analyzed in one step."""
+
+Result = TypeVar("Result")
+
+
+class UnknownStructure(StructureChanged):
+    """A run whose structure has not been analyzed yet.
+
+    Attributes:
+        known: what is known of the program.
+        records: the random sites of the run.
+        params: unconstrained leaves by name.
+    """
+
+    def __init__(
+        self,
+        known: KnownProgram,
+        records: Sequence[SiteRecord],
+        params: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__(
+            "the program took a branch that has not been analyzed: "
+            + _differences(known.net, records)
+        )
+        self.known, self.records, self.params = known, tuple(records), dict(params)
+
+
+@dataclass(frozen=True)
+class KnownProgram:
+    """The network of a program, and the fingerprints of the runs that it describes.
+
+    Attributes:
+        net: union over these runs.
+        runs: their fingerprints.
+        positions: whether positions of rows and slices count in the fingerprints.
+    """
+
+    net: BayesNet
+    runs: frozenset[str]
+    positions: bool = True
+
+    def check(self, records: Sequence[SiteRecord], params: Mapping[str, Tensor]) -> None:
+        """Compares a run with those that are known.
+
+        Args:
+            records: the random sites of the run.
+            params: unconstrained leaves by name.
+
+        Raises:
+            UnknownStructure: if the run is of another structure than all known ones.
+        """
+        if fingerprint(records, params, self.positions) not in self.runs:
+            raise UnknownStructure(self, records, params)
+
+
+def know(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> KnownProgram:
+    """Analyzes one run of a program."""
+    flow = follow(program, args, kwargs)
+    return KnownProgram(network_of(flow), frozenset({flow.fingerprint}), flow.positions)
+
+
+def learn(
+    unknown: UnknownStructure, program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> KnownProgram:
+    """Analyzes a run of unknown structure, and unites it with what is known.
+
+    The program is run again with the values of that run, so that it takes the same branches. Where
+    the loss has added dimensions, for particles or enumerated values, the run cannot be
+    repeated as it was; but such values can neither decide on a branch. It is enough then that sites,
+    families and parameters are those of a run of the program by itself.
+
+    Args:
+        unknown: the run.
+        program: model or guide.
+        args: its arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        What is known with this run.
+
+    Raises:
+        StructureChanged: if the branch cannot be taken again.
+    """
+    known, records = unknown.known, unknown.records
+    if _simulated(known.net, records):
+        program = unconditioned(program)
+    values = {record.name: record.value for record in records if not record.observed}
+    shapes = {site.name: site.shape for site in known.net.sites}
+    batched = any(
+        record.value.dim() != len(shapes.get(record.name, record.value.shape)) for record in records
+    )
+    flow = follow(program, args, kwargs, {} if batched else values)
+    positions = flow.positions and known.positions
+    seen = fingerprint(records, unknown.params, positions)
+    net = network_of(flow)
+    if flow.fingerprint != seen and (
+        not _same_sites(net, records, unknown.params)
+        if batched
+        else _repeated(program, args, kwargs, values, positions) != seen
+    ):
+        changed = _differences(net, records)
+        raise StructureChanged(
+            f"the program took a branch that it did not take again on the same values: {changed}; "
+            "let branches depend on sampled values or arguments alone"
+        )
+    runs = known.runs | {flow.fingerprint, seen}
+    return KnownProgram(union(known.net, net), runs, positions)
+
+
+def with_all_branches(
+    known: KnownProgram,
+    program: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    work: Callable[[KnownProgram], Result],
+) -> Result:
+    """Does work that runs a program, again with each structure that turns up on the way.
+
+    Args:
+        known: what is known at the beginning.
+        program: model or guide.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        work: what is to be done with what is known.
+
+    Returns:
+        What the work returns.
+
+    Raises:
+        StructureChanged: if there is no end of new structures.
+    """
+    for _ in range(MAX_BRANCHES):
+        try:
+            return work(known)
+        except UnknownStructure as unknown:
+            known = learn(unknown, program, args, kwargs)
+    raise StructureChanged(f"the program took {MAX_BRANCHES} branches that were all new")
+
+
+def _simulated(net: BayesNet, records: Sequence[SiteRecord]) -> bool:
+    """Whether a run sampled sites that are observed by themselves."""
+    observed = {site.name for site in net.sites if site.kind == "observed"}
+    return any(record.name in observed and not record.observed for record in records)
+
+
+def _repeated(
+    program: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    positions: bool,
+) -> str:
+    """Fingerprint of a run with given values, which require gradients where they did.
+
+    Whether an input requires a gradient decides on the operation that torch chooses.
+    """
+    attached = {
+        name: value.detach().requires_grad_(value.requires_grad) for name, value in values.items()
+    }
+    with quietly(), repeatable():
+        run = run_constant(program, args, kwargs, attached)
+    return fingerprint(run.records, run.params, positions)
+
+
+def _same_sites(net: BayesNet, records: Sequence[SiteRecord], params: Mapping[str, Tensor]) -> bool:
+    names = {id(leaf): name for name, leaf in params.items()}
+    stops = {edge_of(record.value) for record in records if record.value.grad_fn is not None}
+    found = {
+        record.name: (
+            _family(record),
+            {
+                names[id(leaf)]
+                for leaf in leaves(distribution_tensors(record.distribution), stops)
+                if id(leaf) in names
+            },
+        )
+        for record in records
+    }
+    return found == {site.name: (site.family, set(site.params)) for site in net.sites}
+
+
+def _differences(net: BayesNet, records: Sequence[SiteRecord]) -> str:
+    found = {(record.name, _family(record)) for record in records}
+    known = {(site.name, site.family) for site in net.sites}
+    differing = sorted(found ^ known) or sorted(found)
+    return ", ".join(f"{name} ({family})" for name, family in differing)
+
+
+def _family(record: SiteRecord) -> str:
+    return type(peel(record.distribution).base).__name__

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from pyronat.flow_rules import Operation, result_shadows
+from pyronat.flow_rules import Operation, result_shadows, tensors_in
 from pyronat.lattices import Lattice
 
 _READING = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr, torch.tensor})
@@ -76,11 +75,15 @@ class Dataflow:
     @contextmanager
     def paused(self) -> Generator[None, None, None]:
         """Lets operations pass unseen."""
-        before, self.watching = self.watching, False
-        try:
+        if not self.watching:
             yield
+            return
+        self.watching = False
+        try:
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                yield
         finally:
-            self.watching = before
+            self.watching = True
 
     def mark(self, tensor: Tensor, labels: Tensor) -> None:
         """Gives a tensor labels, and no others.
@@ -119,9 +122,26 @@ class Dataflow:
         """Whether the memory of a tensor carries labels."""
         return tensor.layout == torch.strided and _address(tensor) in self._memory
 
+    def concerns(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call has to do with labels, or counts."""
+        if func.overloadpacket is torch.ops.aten.arange:
+            return True
+        known, ranges = self._memory, self._ranges
+        for part in args if not kwargs else (*args, *kwargs.values()):
+            if isinstance(part, Tensor):
+                if part.layout != torch.strided or (at := _address(part)) in known or at in ranges:
+                    return True
+            elif isinstance(part, (list, tuple)) and any(
+                tensor.layout != torch.strided or _address(tensor) in known
+                for tensor in tensors_in(part)
+            ):
+                return True
+        return False
+
     def propagate(self, operation: Operation) -> None:
         """Labels the outputs of an operation by its rule."""
-        self.escape(*operation.sizing)
+        if operation.sizing:
+            self.escape(*operation.sizing)
         for tensor in operation.changed:
             self._ranges.pop(_address(tensor) if tensor.layout == torch.strided else 0, None)
         if operation.name == "arange":
@@ -214,15 +234,20 @@ class _DispatchWatch(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if not self.flow.watching or func.is_view:
+        flow = self.flow
+        if not flow.watching or func.is_view or not flow.concerns(func, args, kwargs):
             return func(*args, **kwargs)
-        with self.flow.paused():
-            operation = Operation.of(func, args, kwargs)
-            operation.result = func(*args, **kwargs)
-            if func is torch.ops.aten._local_scalar_dense.default or not operation.written:
-                self.flow.escape(*operation.read)
-            else:
-                self.flow.propagate(operation)
+        operation = Operation.of(func, args, kwargs)
+        operation.result = func(*args, **kwargs)
+        flow.watching = False
+        try:
+            with torch._C.DisableTorchFunction():
+                if func is torch.ops.aten._local_scalar_dense.default or not operation.written:
+                    flow.escape(*operation.read)
+                else:
+                    flow.propagate(operation)
+        finally:
+            flow.watching = True
         return operation.result
 
 
@@ -246,7 +271,7 @@ class _FunctionWatch(TorchFunctionMode):
         if func in _BUILDING and args and isinstance(args[0], (list, tuple)):
             return self._built(func, args, kwargs)
         if func in _READING:
-            self.flow.escape(*[leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)])
+            self.flow.escape(*tensors_in(args))
         if func is Tensor.__getitem__:
             return self._select(args[0], args[1])
         if func is Tensor.__setitem__:
@@ -259,7 +284,7 @@ class _FunctionWatch(TorchFunctionMode):
         """`torch.tensor([x, y])`: torch turns x and y into Python numbers; they are data."""
         with self.flow.paused():
             result = func(*args, **kwargs)
-            parts = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, Tensor)]
+            parts = tensors_in(args[0])
             if any(map(self.flow.carries, parts)):
                 self.flow.mark(result, self.flow.joined(*parts))
         return result

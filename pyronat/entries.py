@@ -88,10 +88,14 @@ class EntryGroups(Lattice):
 
     def join(self, first: Tensor, second: Tensor) -> Tensor:
         """A node for each distinct pair of different ones."""
-        shape = torch.broadcast_shapes(first.shape, second.shape)
-        first, second = _narrowed(torch.broadcast_tensors(first, second), ())
-        mixed = (first != 0) & (second != 0) & (first != second)
+        if first.shape != second.shape:
+            first, second = torch.broadcast_tensors(first, second)
+        shape = first.shape
+        first, second = _narrowed((first, second), ())
         joined = torch.maximum(first, second)
+        if not bool((joined != first).any() and (joined != second).any()):
+            return joined.expand(shape)
+        mixed = (first != 0) & (second != 0) & (first != second)
         if bool(mixed.any()):
             left, right = first[mixed], second[mixed]
             code = torch.minimum(left, right) * _SHIFT + torch.maximum(left, right)
@@ -172,16 +176,24 @@ class EntryGroups(Lattice):
                 edges.append(found)
                 pure.append(found[:, kinds[found[0]] > 0])
             else:
-                hidden = step.nodes[mixed[step.nodes]]
-                members = step.members[:, step.columns[mixed[step.nodes]]]
-                nonzero = members != 0
-                edges.append(torch.stack([hidden.expand_as(members)[nonzero], members[nonzero]]))
+                edges.append(_to_members(step, mixed[step.nodes]))
         edges += self._rowwise(reached, connected_components(self._count, pure))
         return connected_components(self._count, edges), reached
 
-    def reached(self, roots: Tensor) -> Tensor:
-        """Nodes that some root contains, `[nodes]`."""
-        return self._reached(roots, self._kinds())[0]
+    def linked(self, roots: Tensor) -> Tensor:
+        """Components `[nodes]` if every choice could be all rows of its table at once.
+
+        A root and all that it contains are linked; what is not linked is not contained.
+        """
+        reached, _ = self._reached(roots, self._kinds())
+        edges = []
+        for step in self._steps:
+            if isinstance(step, _Join):
+                used = reached[step.parents]
+                edges.append(torch.stack([step.parents[used], step.children[used]]))
+            else:
+                edges.append(_to_members(step, reached[step.nodes]))
+        return connected_components(self._count, edges)
 
     def _kinds(self) -> Tensor:
         """For each node the one position that all its choices share, 0 for none, else mixed."""
@@ -241,6 +253,13 @@ class EntryGroups(Lattice):
             nonzero = (left != 0) & (right != 0)
             edges.append(torch.stack([left[nonzero], right[nonzero]]))
         return edges
+
+
+def _to_members(step: _Choice, some: Tensor) -> Tensor:
+    """Edges `[2, n]` from some of a step's nodes to all rows that they may be."""
+    members = step.members[:, step.columns[some]]
+    nonzero = members != 0
+    return torch.stack([step.nodes[some].expand_as(members)[nonzero], members[nonzero]])
 
 
 def _numel(tensor: Tensor, axes: Sequence[int]) -> int:

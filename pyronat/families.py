@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,25 +32,32 @@ class Group:
     Attributes:
         name: what the coordinates are called, as in `loc`.
         coordinates: tensors `[*batch, *event]`, attached to the autograd graph.
-        fisher: E[-Hessian of log p] `[*batch, size, size]`, detached, in nats per squared unit;
-            size is the number of coordinates of one batch element.
+        measure: computes `fisher`.
+        event_dim: number of event dimensions of the coordinates.
         bound: largest Fisher weight a coordinate can attain, or None where it is unbounded.
     """
 
     name: str
     coordinates: tuple[Tensor, ...]
-    fisher: Tensor
+    measure: Callable[[], Tensor]
+    event_dim: int = 0
     bound: Tensor | float | None = None
+
+    @cached_property
+    def fisher(self) -> Tensor:
+        """E[-Hessian of log p] `[*batch, size, size]`, detached, in nats per squared unit."""
+        return self.measure().detach()
 
     @property
     def size(self) -> int:
         """Number of coordinates of one batch element."""
-        return int(self.fisher.shape[-1])
+        shape = self.coordinates[0].shape
+        return len(self.coordinates) * shape[len(shape) - self.event_dim :].numel()
 
     @property
     def scalar(self) -> bool:
         """Whether one batch element has a single scalar coordinate."""
-        return self.size == 1 and self.coordinates[0].dim() == self.fisher.dim() - 2
+        return len(self.coordinates) == 1 and not self.event_dim
 
 
 @dataclass(frozen=True)
@@ -125,69 +133,97 @@ def groups(distribution: dist.Distribution) -> tuple[Group, ...]:
 
 
 def _diagonal(*weights: Tensor) -> Tensor:
-    return torch.diag_embed(torch.stack(torch.broadcast_tensors(*weights), -1)).detach()
+    return torch.diag_embed(torch.stack(torch.broadcast_tensors(*weights), -1))
+
+
+def _scalar(
+    name: str,
+    coordinate: Tensor,
+    weight: Callable[[], Tensor],
+    bound: Tensor | float | None = None,
+) -> Group:
+    return Group(name, (coordinate,), lambda: _diagonal(weight()), bound=bound)
 
 
 def _bernoulli(d: dist.Bernoulli) -> tuple[Group, ...]:
-    p = d.probs
-    return (Group("logits", (d.logits,), _diagonal(p * (1 - p)), LOGIT_WEIGHT),)
+    return (_scalar("logits", d.logits, lambda: d.probs * (1 - d.probs), LOGIT_WEIGHT),)
 
 
 def _binomial(d: dist.Binomial) -> tuple[Group, ...]:
-    p, n = d.probs, d.total_count
-    return (Group("logits", (d.logits,), _diagonal(n * p * (1 - p)), LOGIT_WEIGHT * n.detach()),)
+    def weight() -> Tensor:
+        return d.total_count * d.probs * (1 - d.probs)
+
+    return (_scalar("logits", d.logits, weight, LOGIT_WEIGHT * d.total_count.detach()),)
 
 
 def _categorical(d: dist.Categorical | dist.OneHotCategorical) -> tuple[Group, ...]:
-    p = d.probs.detach()
-    fisher = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
-    return (Group("logits", (d.logits,), fisher, LOGIT_WEIGHT),)
+    def fisher() -> Tensor:
+        p = d.probs
+        return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+
+    return (Group("logits", (d.logits,), fisher, 1, LOGIT_WEIGHT),)
 
 
 def _location_scale(d: dist.Normal | dist.LogNormal) -> tuple[Group, ...]:
-    precision = d.scale**-2
     return (
-        Group("loc", (d.loc,), _diagonal(precision)),
-        Group("scale", (d.scale,), _diagonal(2 * precision)),
+        _scalar("loc", d.loc, lambda: d.scale**-2),
+        _scalar("scale", d.scale, lambda: 2 * d.scale**-2),
     )
 
 
 def _poisson(d: dist.Poisson) -> tuple[Group, ...]:
-    return (Group("rate", (d.rate,), _diagonal(1 / d.rate)),)
+    return (_scalar("rate", d.rate, lambda: 1 / d.rate),)
 
 
 def _exponential(d: dist.Exponential) -> tuple[Group, ...]:
-    return (Group("rate", (d.rate,), _diagonal(d.rate**-2)),)
+    return (_scalar("rate", d.rate, lambda: d.rate**-2),)
 
 
 def _gamma(d: dist.Gamma) -> tuple[Group, ...]:
-    a, b = d.concentration.detach(), d.rate.detach()
-    rows = [torch.polygamma(1, a), -1 / b, -1 / b, a / b**2]
-    fisher = torch.stack(torch.broadcast_tensors(*rows), -1).unflatten(-1, (2, 2))
+    def fisher() -> Tensor:
+        a, b = d.concentration, d.rate
+        rows = [torch.polygamma(1, a), -1 / b, -1 / b, a / b**2]
+        return torch.stack(torch.broadcast_tensors(*rows), -1).unflatten(-1, (2, 2))
+
     return (Group("concentration, rate", (d.concentration, d.rate), fisher),)
 
 
 def _beta(d: dist.Beta) -> tuple[Group, ...]:
-    a = torch.stack([d.concentration1, d.concentration0], -1).detach()
-    total = torch.polygamma(1, a.sum(-1))[..., None, None]
-    fisher = torch.diag_embed(torch.polygamma(1, a)) - total
     coordinates = (d.concentration1, d.concentration0)
+
+    def fisher() -> Tensor:
+        total = _trigamma(sum(coordinates, torch.zeros_like(coordinates[0])))
+        return _diagonal(*map(_trigamma, coordinates)) - total[..., None, None]
+
     return (Group("concentration1, concentration0", coordinates, fisher),)
+
+
+def _trigamma(x: Tensor) -> Tensor:
+    return torch.polygamma(1, x)
 
 
 def _multivariate_normal(d: dist.MultivariateNormal) -> tuple[Group, ...]:
     """Loc, and the Cholesky factor L of the covariance, F_(ij)(kl) = Li_li Li_jk + P_ik δ_jl."""
     factor = d._unbroadcasted_scale_tril.expand(*d.batch_shape, *d.event_shape, *d.event_shape)
-    size = factor.shape[-1]
-    eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.solve_triangular(factor.detach(), eye.expand_as(factor), upper=False)
-    precision = inverse.mT @ inverse
-    fisher = torch.einsum("...li,...jk->...ijkl", inverse, inverse)
-    fisher = fisher + torch.einsum("...ik,jl->...ijkl", precision, eye)
-    lower = torch.ones_like(eye).tril()
-    fisher = fisher * lower[:, :, None, None] * lower
-    fisher = fisher.flatten(-4, -3).flatten(-2, -1)
-    return Group("loc", (d.loc,), precision), Group("scale_tril", (factor,), fisher)
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+
+    def inverse() -> Tensor:
+        return torch.linalg.solve_triangular(factor.detach(), eye.expand_as(factor), upper=False)
+
+    def precision() -> Tensor:
+        return inverse().mT @ inverse()
+
+    def fisher() -> Tensor:
+        found = torch.einsum("...li,...jk->...ijkl", inverse(), inverse())
+        found = found + torch.einsum("...ik,jl->...ijkl", precision(), eye)
+        lower = torch.ones_like(eye).tril()
+        found = found * lower[:, :, None, None] * lower
+        return found.flatten(-4, -3).flatten(-2, -1)
+
+    return (
+        Group("loc", (d.loc,), precision, 1),
+        Group("scale_tril", (factor,), fisher, 2),
+    )
 
 
 FAMILIES: dict[type, tuple[Callable[..., tuple[Group, ...]], tuple[str, ...]]] = {

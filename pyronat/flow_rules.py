@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from pyronat.lattices import Lattice, Selection
 
@@ -51,30 +52,30 @@ class Operation:
     @classmethod
     def of(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operation:
         """Describes a call before it is made."""
-        schema = func._schema
-        names = [argument.name for argument in schema.arguments]
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        name = func.overloadpacket.__name__
-        name = name[:-1] if name.endswith("_") and not name.endswith("__") else name
-        unread = {names[0]} if name in _OVERWRITING and names else set()
-        changed = [
-            leaf
-            for argument in schema.arguments
-            if argument.alias_info is not None and argument.alias_info.is_write
-            for leaf in _tensors(arguments.get(argument.name))
-        ]
-        read = _tensors([value for key, value in arguments.items() if key not in unread])
-        sizing = []
-        if torch.Tag.dynamic_output_shape in func.tags:
-            kinds = {torch.bool, torch.uint8} if name == "index" else None
+        kind = _kind(func)
+        arguments = {**dict(zip(kind.arguments, args, strict=False)), **kwargs}
+        unread = kind.arguments[0] if kind.overwrites else None
+        read = tensors_in([value for key, value in arguments.items() if key != unread])
+        sizing: list[Tensor] = []
+        if kind.sized_by_values:
+            dtypes = {torch.bool, torch.uint8} if kind.name == "index" else None
             values = arguments.get("mask", arguments.get("indices", read))
-            sizing = [t for t in _tensors(values) if kinds is None or t.dtype in kinds]
-        return cls(name, arguments, read, torch.Tag.pointwise in func.tags, changed, sizing)
+            sizing = [t for t in tensors_in(values) if dtypes is None or t.dtype in dtypes]
+        return cls(
+            name=kind.name,
+            arguments=arguments,
+            read=read,
+            pointwise=kind.pointwise,
+            changed=tensors_in([arguments.get(name) for name in kind.changed]),
+            sizing=sizing,
+        )
 
     @property
     def written(self) -> list[Tensor]:
         """The tensors it returned, then those it changed but did not return."""
-        found = _tensors(self.result)
+        found = tensors_in(self.result)
+        if not self.changed:
+            return found
         returned = {id(tensor) for tensor in found}
         pointers = {tensor.untyped_storage()._cdata for tensor in found if _strided(tensor)}
         return found + [
@@ -97,8 +98,50 @@ class Operation:
         return tuple(d % max(tensor.dim(), 1) for d in given)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+class _Kind(NamedTuple):
+    """What the schema of an operation says."""
+
+    name: str
+    arguments: tuple[str, ...]
+    changed: tuple[str, ...]
+    overwrites: bool
+    pointwise: bool
+    sized_by_values: bool
+
+
+@cache
+def _kind(func: Any) -> _Kind:
+    schema = func._schema
+    arguments = tuple(argument.name for argument in schema.arguments)
+    name = func.overloadpacket.__name__
+    name = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    return _Kind(
+        name=name,
+        arguments=arguments,
+        changed=tuple(
+            argument.name
+            for argument in schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ),
+        overwrites=name in _OVERWRITING and bool(arguments),
+        pointwise=torch.Tag.pointwise in func.tags,
+        sized_by_values=torch.Tag.dynamic_output_shape in func.tags,
+    )
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    found = []
+    stack = [tree]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, (list, tuple)):
+            stack.extend(reversed(part))
+        elif isinstance(part, dict):
+            stack.extend(reversed(part.values()))
+    return found
 
 
 def _strided(tensor: Tensor) -> bool:
@@ -116,7 +159,7 @@ def result_shadows(operation: Operation, read: Reader, lattice: Lattice) -> list
     Returns:
         One shadow for each of `operation.written`, broadcastable to its shape.
     """
-    outputs = _tensors(operation.result)
+    outputs = tensors_in(operation.result)
     if any(not _strided(tensor) for tensor in [*operation.read, *outputs]):
         found: Shadows = None
     elif operation.pointwise or operation["reduction"] == 0:
@@ -159,7 +202,7 @@ def _everything(operation: Operation, read: Reader, lattice: Lattice) -> Tensor:
 
 def _pointwise(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | None:
     """Elements at the same place, after broadcasting."""
-    output = _tensors(operation.result)[0]
+    output = tensors_in(operation.result)[0]
     return _aligned([read(tensor) for tensor in operation.read], output, lattice)
 
 
@@ -181,7 +224,7 @@ def _reduction(operation: Operation, read: Reader, lattice: Lattice) -> list[Ten
     joined = (
         lattice.join_along(read(tensor), operation.dims(tensor)) if tensor.dim() else read(tensor)
     )
-    return [_shaped(joined, output) for output in _tensors(operation.result)]
+    return [_shaped(joined, output) for output in tensors_in(operation.result)]
 
 
 def _shaped(shadow: Tensor, output: Tensor) -> Tensor:
@@ -194,7 +237,7 @@ def _along(operation: Operation, read: Reader, lattice: Lattice) -> list[Tensor]
     tensor = operation["self"]
     dims = (operation["dim"] if operation["dim"] is not None else -1,)
     joined = lattice.join_along(read(tensor), dims) if tensor.dim() else read(tensor)
-    return [joined for _ in _tensors(operation.result)]
+    return [joined for _ in tensors_in(operation.result)]
 
 
 def _moved(operation: Operation, read: Reader, lattice: Lattice) -> Shadows:
@@ -209,13 +252,13 @@ def _moved(operation: Operation, read: Reader, lattice: Lattice) -> Shadows:
             ),
             arguments,
         )
-        planes.append(_tensors(getattr(torch.ops.aten, operation.name)(**replaced)))
+        planes.append(tensors_in(getattr(torch.ops.aten, operation.name)(**replaced)))
     return [torch.stack(parts) for parts in zip(*planes, strict=True)]
 
 
 def _reshaped(operation: Operation, read: Reader, lattice: Lattice) -> Tensor:
     """Elements keep their order."""
-    return _shaped(read(operation["self"]), *_tensors(operation.result))
+    return _shaped(read(operation["self"]), *tensors_in(operation.result))
 
 
 def _matrices(operation: Operation, read: Reader, lattice: Lattice) -> Shadows:
@@ -226,7 +269,7 @@ def _matrices(operation: Operation, read: Reader, lattice: Lattice) -> Shadows:
     batch = lattice.join_many(aligned)[..., 0, 0]
     return [
         batch.reshape(*batch.shape, *[1] * (output.dim() + 1 - batch.dim()))
-        for output in _tensors(operation.result)
+        for output in tensors_in(operation.result)
     ]
 
 
@@ -236,7 +279,7 @@ def _triangular_solve(operation: Operation, read: Reader, lattice: Lattice) -> S
         return _matrices(operation, read, lattice)
     matrix = lattice.join_along(read(operation["self"]), (-2, -1))
     columns = lattice.join_along(read(operation["B"]), (-2,))
-    return _aligned([matrix, columns], _tensors(operation.result)[0], lattice)
+    return _aligned([matrix, columns], tensors_in(operation.result)[0], lattice)
 
 
 def _pooling(operation: Operation, read: Reader, lattice: Lattice) -> Tensor:
@@ -250,7 +293,7 @@ def _product(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | N
     """A row of the left factor, a column of the right one, and what is added."""
     left, right = (operation[name] for name in _FACTORS[operation.name])
     added = operation["self"] if operation.name in _ADDING else None
-    (output,) = _tensors(operation.result)
+    (output,) = tensors_in(operation.result)
     rows = lattice.join_along(read(left), (-1,))
     columns = lattice.join_along(read(right), (-2 if right.dim() > 1 else -1,))
     if right.dim() == 1:
@@ -263,7 +306,7 @@ def _product(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | N
 
 def _linear(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | None:
     """A row of the input, a row of the weight, and a bias."""
-    (output,) = _tensors(operation.result)
+    (output,) = tensors_in(operation.result)
     rows = lattice.join_along(read(operation["input"]), (-1,))
     units = lattice.join_along(read(operation["weight"]), (-1,)).squeeze(-1)
     shadows = [rows, units]
@@ -274,7 +317,7 @@ def _linear(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | No
 
 def _convolution(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | None:
     """All elements of an example, and the weights of one output channel."""
-    (output,) = _tensors(operation.result)
+    (output,) = tensors_in(operation.result)
     tensor, weight, bias = (operation[name] for name in ("input", "weight", "bias"))
     channels = 0
     if operation["transposed"]:
@@ -310,7 +353,7 @@ def _normalization(operation: Operation, read: Reader, lattice: Lattice) -> Shad
         if scale is not None:
             shadow = read(scale)
             shadows.append(shadow if shape is None else shadow.reshape(lattice.planes, *shape))
-    first, *rest = _tensors(operation.result)
+    first, *rest = tensors_in(operation.result)
     return [_aligned(shadows, first, lattice), *[None] * len(rest)]
 
 
@@ -323,13 +366,13 @@ def _attention(operation: Operation, read: Reader, lattice: Lattice) -> Shadows:
         if all(tensor is not factor for factor in (query, key, value)):
             weights = lattice.join(weights, _spread(lattice.join_elements(read(tensor)), query))
     found = lattice.join(weights, lattice.join_along(read(value), (-2,)))
-    return [found, *[None] * (len(_tensors(operation.result)) - 1)]
+    return [found, *[None] * (len(tensors_in(operation.result)) - 1)]
 
 
 def _selection(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | None:
     """Elements at the positions that an index holds."""
     table: Tensor = operation["self"] if operation.name != "embedding" else operation["weight"]
-    (output,) = _tensors(operation.result)
+    (output,) = tensors_in(operation.result)
     dims, indices, move = _indexing(operation, table)
     table_shadow = read(table)
     if any(index.dtype in {torch.bool, torch.uint8} for index in indices):
@@ -340,7 +383,7 @@ def _selection(operation: Operation, read: Reader, lattice: Lattice) -> Tensor |
         places = torch.arange(output.numel(), device="cpu").reshape(output.shape)
         shadow = read(indices[0])
     else:
-        shape = torch.broadcast_shapes(*(index.shape for index in indices))
+        shape = torch.broadcast_tensors(*indices)[0].shape
         adjacent = dims == tuple(range(dims[0], dims[0] + len(dims)))
         before = dims[0] if adjacent else 0
         after = output.dim() - before - len(shape)
@@ -354,7 +397,7 @@ def _selection(operation: Operation, read: Reader, lattice: Lattice) -> Tensor |
             dims, indices = _varying(operation, table, dims, indices)
             if not indices:
                 return lattice.join(lattice.move(table_shadow, move), shadow)
-        shape = torch.broadcast_shapes(*(index.shape for index in indices))
+        shape = torch.broadcast_tensors(*indices)[0].shape
         places = torch.arange(shape.numel(), device="cpu").reshape(1, *shape)
         places = placed(places)[0].expand(output.shape)
     if not _marked(table_shadow):
@@ -417,11 +460,11 @@ def _marked(shadow: Tensor) -> bool:
 def _scattering(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | None:
     """Elements that stay, and values written at the positions that an index holds."""
     target = operation["self"]
-    indices = _tensors([operation[name] for name in ("index", "indices", "mask")])
+    indices = tensors_in([operation[name] for name in ("index", "indices", "mask")])
     source = next(
         (operation[n] for n in ("src", "source", "values") if operation[n] is not None), None
     )
-    sources = _tensors(source)
+    sources = tensors_in(source)
     if lattice.follows_positions and not any(_marked(read(index)) for index in indices):
         try:
             return _scattered(operation, read, lattice, sources)

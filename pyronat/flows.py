@@ -36,7 +36,6 @@ class GroupFlow:
         name: name of the group.
         coordinates: its coordinates, attached to the graph.
         params: names of the parameters that autograd finds behind them, sorted.
-        hidden: those of them that no operation of the run carries there.
         exact: whether the group has a closed-form Fisher information.
         scalar: whether one batch element has a single scalar coordinate.
         roots: nodes of the entries that the coordinates of each batch element depend on.
@@ -45,10 +44,9 @@ class GroupFlow:
     name: str
     coordinates: Sequence[Tensor]
     params: tuple[str, ...]
-    hidden: Labels = frozenset()
-    exact: bool = False
-    scalar: bool = False
-    roots: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu"))
+    exact: bool
+    scalar: bool
+    roots: Tensor
 
 
 @dataclass
@@ -139,7 +137,15 @@ class _Call:
     run: Run
 
     def followed(self, flow: Dataflow, see: Any) -> None:
-        """Runs the program again, with the dataflow."""
+        """Runs the program again, with the dataflow.
+
+        Args:
+            flow: the dataflow.
+            see: is called with the record of every site.
+
+        Raises:
+            UnsupportedProgram: if the sites are not those of the first run.
+        """
         known = {record.name for record in self.run.records}
         seen = set()
 
@@ -164,28 +170,26 @@ class _Call:
 def _follow_values(call: _Call, sites: Mapping[str, SiteFlow]) -> None:
     """Which sites' values reach each distribution, which data, and which parameters each group."""
     data = {f"data of {name}": name for name in sites}
-    params = {f"parameter {name}": name for name in call.run.params}
     names = {id(leaf): name for name, leaf in call.run.params.items() if leaf.requires_grad}
-    lattice = LabelSets([*sites, *data, *params])
+    lattice = LabelSets([*sites, *data])
     flow = Dataflow(lattice)
-    for label, name in params.items():
-        flow.mark(call.run.params[name], lattice.of(label))
     for record in call.observed:
         flow.mark(record.value, lattice.of(f"data of {record.name}"))
 
     def see(record: SiteRecord) -> None:
-        read = distribution_tensors(record.distribution)
-        read += [tensor for tensor in (record.mask, record.scale) if isinstance(tensor, Tensor)]
-        found = lattice.decode(flow.joined(*read))
-        site = sites[record.name]
-        site.data = frozenset(data[label] for label in found & data.keys()) - {record.name}
-        site.parents = frozenset(found & sites.keys()) | site.data
-        site.control = (lattice.decode(flow.escaped) & sites.keys()) - site.parents
-        own_data = f"data of {record.name}" in found
-        site.data |= {record.name} if own_data else frozenset()
+        with flow.paused():
+            read = distribution_tensors(record.distribution)
+            read += [tensor for tensor in (record.mask, record.scale) if isinstance(tensor, Tensor)]
+            found = lattice.decode(flow.joined(*read))
+            site = sites[record.name]
+            site.data = frozenset(data[label] for label in found & data.keys()) - {record.name}
+            site.parents = frozenset(found & sites.keys()) | site.data
+            site.control = (lattice.decode(flow.escaped) & sites.keys()) - site.parents
+            own_data = f"data of {record.name}" in found
+            site.data |= {record.name} if own_data else frozenset()
 
-        def owned(tensors: Sequence[Tensor]) -> tuple[str, ...]:
-            return tuple(
+            tensors = distribution_tensors(record.distribution)
+            site.params = tuple(
                 sorted(
                     _name(leaf, names, record.name)
                     for leaf in leaves(tensors, ())
@@ -193,14 +197,7 @@ def _follow_values(call: _Call, sites: Mapping[str, SiteFlow]) -> None:
                     if id(leaf) in names or not lattice.decode(flow.joined(leaf)) & sites.keys()
                 )
             )
-
-        site.params = owned(distribution_tensors(record.distribution))
-        for name, tensors in _coordinates(record).items():
-            labels = lattice.decode(flow.joined(*tensors))
-            seen = frozenset(params[label] for label in labels & params.keys())
-            behind = owned(tensors)
-            site.groups[name] = GroupFlow(name, tensors, behind, hidden=frozenset(behind) - seen)
-        flow.mark(record.value, lattice.of(record.name))
+            flow.mark(record.value, lattice.of(record.name))
 
     call.followed(flow, see)
 
@@ -284,44 +281,76 @@ def _follow_entries(call: _Call, sites: Mapping[str, SiteFlow]) -> tuple[dict[st
     """
     lattice = EntryGroups()
     flow = Dataflow(lattice)
-    owned = {p for site in sites.values() for group in site.groups.values() for p in group.params}
+    names = {id(leaf): name for name, leaf in call.run.params.items()}
     nodes = {}
-    for name in sorted(owned):
+    for name in sorted({name for site in sites.values() for name in site.params}):
         leaf = call.run.params[name]
         nodes[name] = lattice.new(leaf.numel()).reshape(leaf.shape)
         flow.mark(leaf, nodes[name].unsqueeze(0))
 
+    def behind(tensors: Sequence[Tensor]) -> tuple[str, ...]:
+        return tuple(sorted(names[id(leaf)] for leaf in leaves(tensors, ()) if id(leaf) in names))
+
     def see(record: SiteRecord) -> None:
         site = sites[record.name]
         site.record = record
-        for group in groups_of(record.distribution) or ():
-            known = site.groups[group.name]
-            known.coordinates, known.exact = group.coordinates, True
-            known.scalar, known.roots = group.scalar, _roots(group, flow, lattice)
-        for known in site.groups.values():
-            if not known.exact:
-                known.coordinates = distribution_tensors(record.distribution)
-                known.roots = flow.joined(*known.coordinates)
-        with flow.paused():
-            every = [known.roots for known in site.groups.values()]
-            for known in site.groups.values():
-                # What autograd knows of, but no operation of the run has shown, is read whole.
-                hidden = [nodes[name].reshape(-1) for name in sorted(known.hidden)]
-                # Parameters that left for Python decide on everything that follows.
-                escaped = [flow.escaped, *every] if bool(flow.escaped.any()) else []
-                if hidden or escaped:
-                    joined = torch.cat([known.roots, *hidden, *escaped])
-                    known.roots = lattice.join_elements(joined.unsqueeze(0))
+        site.groups = {
+            group.name: GroupFlow(
+                name=group.name,
+                coordinates=group.coordinates,
+                params=behind(group.coordinates),
+                exact=True,
+                scalar=group.scalar,
+                roots=_roots(group, flow, lattice),
+            )
+            for group in groups_of(record.distribution) or ()
+        }
+        if not site.groups:
+            tensors = distribution_tensors(record.distribution)
+            roots = flow.joined(*tensors)
+            unknown = GroupFlow(UNKNOWN_FAMILY, tensors, site.params, False, False, roots)
+            site.groups = {unknown.name: unknown}
+        if bool(flow.escaped.any()):
+            # Parameters that left for Python decide on everything that follows.
+            with flow.paused():
+                every = torch.cat([flow.escaped, *(g.roots for g in site.groups.values())])
+                for group in site.groups.values():
+                    group.roots = lattice.join_elements(every.unsqueeze(0))
 
     call.followed(flow, see)
-    found = [group.roots for site in sites.values() for group in site.groups.values()]
-    roots = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *found])
-    numbers, reached = lattice.components(roots.unique())
+    groups = [group for site in sites.values() for group in site.groups.values()]
+    _add_hidden(groups, nodes, lattice)
+    numbers, reached = lattice.components(_roots_of(groups))
     components = {
         name: torch.where(reached[node], numbers[node], torch.full_like(node, -1))
         for name, node in nodes.items()
     }
     return components, not flow.indexed_by_scalars
+
+
+def _add_hidden(
+    groups: Sequence[GroupFlow], nodes: Mapping[str, Tensor], lattice: EntryGroups
+) -> None:
+    """Counts as read whole what autograd knows of, but no operation of the run has shown.
+
+    So it is with what was computed from a parameter before the run.
+    """
+    linked = lattice.linked(_roots_of(groups))
+    for group in groups:
+        seen = linked[group.roots]
+        hidden = [
+            nodes[name].reshape(-1)
+            for name in group.params
+            if not bool(torch.isin(linked[nodes[name]], seen).any())
+        ]
+        if hidden:
+            joined = torch.cat([group.roots, *hidden])
+            group.roots = lattice.join_elements(joined.unsqueeze(0))
+
+
+def _roots_of(groups: Sequence[GroupFlow]) -> Tensor:
+    nothing = torch.zeros(1, dtype=torch.int64, device="cpu")
+    return torch.cat([nothing, *(group.roots for group in groups)]).unique()
 
 
 def groups_of(distribution: Distribution) -> tuple[Group, ...] | None:
@@ -332,22 +361,13 @@ def groups_of(distribution: Distribution) -> tuple[Group, ...] | None:
         return None
 
 
-def _coordinates(record: SiteRecord) -> dict[str, Sequence[Tensor]]:
-    """The tensors of each group of coordinates."""
-    found = groups_of(record.distribution)
-    if found is None:
-        return {UNKNOWN_FAMILY: distribution_tensors(record.distribution)}
-    return {group.name: group.coordinates for group in found}
-
-
 def _roots(group: Group, flow: Dataflow, lattice: EntryGroups) -> Tensor:
     """One node for the coordinates of each batch element, each distinct one once."""
     shadows = [flow.shadow(tensor) for tensor in group.coordinates]
     with flow.paused():
         joined = lattice.join_many(shadows)
-        event = joined.dim() - 1 - (group.fisher.dim() - 2)
-        if event:
-            joined = lattice.join_along(joined, range(-event, 0))
+        if group.event_dim:
+            joined = lattice.join_along(joined, range(-group.event_dim, 0))
         found = joined.unique()
         return found[found != 0]
 

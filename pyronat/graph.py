@@ -245,18 +245,33 @@ class BayesNet:
             rows.append((site.name, site.kind, site.family, shape, plates, parents, blanket))
         yield from _table(rows)
         yield f"Blocks of the full-system Fisher information ({len(self.blocks)})"
-        table = [("parameters", "sites", "structure", "blocks", "exact")]
+        table = [("parameters", "sites", "structure", "blocks", "exact", "memory", "factoring")]
         for block in self.blocks:
             shape = f"{block.count} of {block.size} × {block.size}"
             exact = "yes" if block.exact else "no"
-            table.append((block.name, ", ".join(block.sites), block.structure, shape, exact))
+            costs = _quantity(4 * block.matrix_entries, "B"), _quantity(block.factor_flops, "FLOP")
+            sites = ", ".join(block.sites)
+            table.append((block.name, sites, block.structure, shape, exact, *costs))
         yield from _table(table)
+        memory = _quantity(sum(4 * block.matrix_entries for block in self.blocks), "B")
+        flops = _quantity(sum(block.factor_flops for block in self.blocks), "FLOP")
+        yield f"  in all {memory} in single precision, {flops} to factor at a refresh"
         for name, reason in self.without_fisher:
             yield f"  without a Fisher: {name} ({reason})"
         yield f"Districts ({len(self.districts)})"
         for district in self.districts:
             hidden = ", ".join(district.hidden) or "none"
-            yield f"  {', '.join(district.sites)}; hidden: {hidden}"
+            line = f"  {', '.join(district.sites)}; hidden: {hidden}"
+            if district.replicates:
+                line += f"; independent replicates along {', '.join(district.replicates)}"
+            yield line
+        for site in self.sites:
+            if site.coupled_plates:
+                plates = ", ".join(site.coupled_plates)
+                yield f"  coupled: elements of {site.name} depend on each other along {plates}"
+            if site.reads_data:
+                data = ", ".join(site.reads_data)
+                yield f"  {site.name} reads the data of {data} from the arguments"
 
 
 def _network(content: dict[str, Any]) -> BayesNet:
@@ -295,6 +310,16 @@ def _replicates(members: Sequence[Site]) -> tuple[str, ...]:
 
 def _dot_text(text: str) -> str:
     return '"' + text.replace('"', '\\"') + '"'
+
+
+def _quantity(value: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G"):
+        if value < 1000:
+            break
+        value /= 1000
+    else:
+        prefix = "T"
+    return f"{value:.3g} {prefix}{unit}"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """What a tensor element can depend on: sets of labels in three representations.
 
-A *shadow* is an integer tensor `[planes, *shape]`; 0 stands for "depends on nothing". A lattice says
-how shadows are joined where an operation combines elements. `LabelSets` keeps every set as bits,
-`Origins` keeps one origin or "several", for as many elements as there are. `entries.EntryGroups`
-keeps sets of parameter entries.
+A *shadow* is an integer tensor `[planes, *shape]`; 0 stands for "depends on nothing". A lattice
+says how shadows are joined where an operation combines elements. `LabelSets` keeps every set as
+bits, `Origins` keeps one origin or "several", for as many elements as there are.
+`entries.EntryGroups` keeps sets of parameter entries.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def components_of(blocks: Sequence[ParamBlock]) -> dict[str, Tensor]:
 
 
 def blocks_of(
-    components: Mapping[str, Tensor], factors: Sequence[FactorStructure], order: Sequence[str]
+    components: Mapping[str, Tensor], factors: Sequence[FactorStructure], sites: Sequence[str]
 ) -> tuple[ParamBlock, ...]:
     """Gathers units of equal form into blocks.
 
@@ -79,17 +79,23 @@ def blocks_of(
     Args:
         components: number of the unit of each parameter entry, −1 for entries without one.
         factors: groups of coordinates that depend on parameters.
-        order: names of the sites in program order.
+        sites: names of the sites in program order.
 
     Returns:
         The blocks, sorted by parameters and size.
     """
     used = {name: number for name, number in components.items() if bool((number >= 0).any())}
+    order = {name: place for place, name in enumerate(sites)}
+    readers: dict[str, list[int]] = defaultdict(list)
+    for index, factor in enumerate(factors):
+        for name in factor.params:
+            readers[name].append(index)
     blocks = []
     for names in _linked(used):
         group = {name: used[name] for name in names}
         for params, units in _units_of(group):
-            blocks.append(_block(params, units, components, factors, order))
+            members = sorted({index for name in params for index in readers[name]})
+            blocks.append(_block(params, units, components, [factors[i] for i in members], order))
     return tuple(sorted(blocks, key=lambda block: (block.params, block.size)))
 
 
@@ -186,11 +192,10 @@ def _block(
     params: tuple[str, ...],
     units: Units,
     components: Mapping[str, Tensor],
-    factors: Sequence[FactorStructure],
-    order: Sequence[str],
+    members: Sequence[FactorStructure],
+    order: Mapping[str, int],
 ) -> ParamBlock:
     shapes = tuple(tuple(components[name].shape) for name in params)
-    members = [factor for factor in factors if set(params) & set(factor.params)]
     if isinstance(units, UnitAxes):
         count = prod(shapes[0][axis] for axis in units.axes[0])
         size = sum(map(prod, shapes)) // count
@@ -203,7 +208,7 @@ def _block(
     plates = members[0].plates if members else ()
     return ParamBlock(
         params=params,
-        sites=tuple(site for site in order if site in sites),
+        sites=tuple(sorted(sites, key=order.__getitem__)),
         structure="unit" if count > 1 or all(linear) else "dense",
         count=count,
         size=size,
@@ -293,7 +298,18 @@ def _site_union(first: Site, second: Site) -> Site:
 def _joined_components(
     first: Sequence[ParamBlock], second: Sequence[ParamBlock]
 ) -> dict[str, Tensor]:
-    """Units of either partition, joined where they share an entry."""
+    """Units of either partition, joined where they share an entry.
+
+    Args:
+        first: blocks of one network.
+        second: blocks of another.
+
+    Returns:
+        Number of the unit of each parameter entry, −1 for entries without one.
+
+    Raises:
+        StructureChanged: if a parameter has changed its shape.
+    """
     one, two = components_of(first), components_of(second)
     count = sum(block.count for block in first)
     edges = []

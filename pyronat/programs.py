@@ -92,9 +92,9 @@ def learn(
     """Analyzes a run of unknown structure, and unites it with what is known.
 
     The program is run again with the values of that run, so that it takes the same branches. Where
-    the loss has added dimensions, for particles or enumerated values, the run cannot be
-    repeated as it was; but such values can neither decide on a branch. It is enough then that sites,
-    families and parameters are those of a run of the program by itself.
+    the loss has added dimensions, for particles or enumerated values, the run cannot be repeated as
+    it was; but such values cannot decide on a branch either. It is enough then that sites, families
+    and parameters are those of a run of the program by itself.
 
     Args:
         unknown: the run.

@@ -20,8 +20,9 @@ from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from pyronat.flow_rules import Operation, result_shadows, tensors_in
+from pyronat.flow_rules import result_shadows
 from pyronat.lattices import Lattice
+from pyronat.operations import Operation, tensors_in
 
 _READING = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr, torch.tensor})
 """Functions that read values without passing the dispatcher."""
@@ -295,7 +296,7 @@ class _FunctionWatch(TorchFunctionMode):
         if widened is None:
             return tensor[index]
         self.flow.indexed_by_scalars |= self.flow.carries(tensor)
-        return tensor[widened.index].squeeze(widened.dim)
+        return tensor[widened.parts].squeeze(widened.dim)
 
     def _assign(self, tensor: Tensor, index: Any, value: Any) -> None:
         """`tensor[z] = y` with a 0-d integer z, which stays data."""
@@ -305,16 +306,16 @@ class _FunctionWatch(TorchFunctionMode):
             return
         if isinstance(value, Tensor):
             with self.flow.paused():
-                shape = list(tensor[widened.index].shape)
+                shape = list(tensor[widened.parts].shape)
             del shape[widened.dim]
             value = value.expand(shape).unsqueeze(widened.dim)
-        tensor[widened.index] = value
+        tensor[widened.parts] = value
 
 
 class _Widened(NamedTuple):
     """An index with 1-d instead of 0-d integer tensors, and the dimension this adds."""
 
-    index: tuple[Any, ...]
+    parts: tuple[Any, ...]
     dim: int
 
 

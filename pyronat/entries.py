@@ -93,8 +93,6 @@ class EntryGroups(Lattice):
         shape = first.shape
         first, second = _narrowed((first, second), ())
         joined = torch.maximum(first, second)
-        if not bool((joined != first).any() and (joined != second).any()):
-            return joined.expand(shape)
         mixed = (first != 0) & (second != 0) & (first != second)
         if bool(mixed.any()):
             left, right = first[mixed], second[mixed]

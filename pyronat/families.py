@@ -151,7 +151,8 @@ def _bernoulli(d: dist.Bernoulli) -> tuple[Group, ...]:
 
 def _binomial(d: dist.Binomial) -> tuple[Group, ...]:
     def weight() -> Tensor:
-        return d.total_count * d.probs * (1 - d.probs)
+        variance: Tensor = d.total_count * d.probs * (1 - d.probs)
+        return variance
 
     return (_scalar("logits", d.logits, weight, LOGIT_WEIGHT * d.total_count.detach()),)
 
@@ -183,7 +184,8 @@ def _gamma(d: dist.Gamma) -> tuple[Group, ...]:
     def fisher() -> Tensor:
         a, b = d.concentration, d.rate
         rows = [torch.polygamma(1, a), -1 / b, -1 / b, a / b**2]
-        return torch.stack(torch.broadcast_tensors(*rows), -1).unflatten(-1, (2, 2))
+        found: Tensor = torch.stack(torch.broadcast_tensors(*rows), -1).unflatten(-1, (2, 2))
+        return found
 
     return (Group("concentration, rate", (d.concentration, d.rate), fisher),)
 
@@ -199,7 +201,8 @@ def _beta(d: dist.Beta) -> tuple[Group, ...]:
 
 
 def _trigamma(x: Tensor) -> Tensor:
-    return torch.polygamma(1, x)
+    found: Tensor = torch.polygamma(1, x)
+    return found
 
 
 def _multivariate_normal(d: dist.MultivariateNormal) -> tuple[Group, ...]:
@@ -208,7 +211,10 @@ def _multivariate_normal(d: dist.MultivariateNormal) -> tuple[Group, ...]:
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
 
     def inverse() -> Tensor:
-        return torch.linalg.solve_triangular(factor.detach(), eye.expand_as(factor), upper=False)
+        found: Tensor = torch.linalg.solve_triangular(
+            factor.detach(), eye.expand_as(factor), upper=False
+        )
+        return found
 
     def precision() -> Tensor:
         return inverse().mT @ inverse()

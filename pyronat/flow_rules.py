@@ -7,145 +7,27 @@ join all elements of all inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pyronat.lattices import Lattice, Selection
-
-Reader: TypeAlias = Callable[[Tensor], Tensor]
-"""Tensor → shadow `[planes, *shape]`."""
-
-Shadows: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
-"""The shadow of all outputs, or one for each; None where everything is to be joined."""
-
-
-@dataclass
-class Operation:
-    """One call of an operation of the dispatcher.
-
-    Attributes:
-        name: its name without the mark of in-place variants.
-        arguments: its arguments by name.
-        read: tensors whose values it reads.
-        pointwise: whether torch declares it pointwise.
-        changed: tensors that it changes in place.
-        is_range: whether the program made a tensor by counting.
-        sizing: tensors whose values decide on the size of its result, which Python can see.
-        result: what it returned.
-    """
-
-    name: str
-    arguments: dict[str, Any]
-    read: list[Tensor]
-    pointwise: bool
-    changed: list[Tensor]
-    sizing: list[Tensor] = field(default_factory=list)
-    is_range: Callable[[Tensor], bool] = lambda tensor: False
-    result: Any = None
-
-    @classmethod
-    def of(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operation:
-        """Describes a call before it is made."""
-        kind = _kind(func)
-        arguments = {**dict(zip(kind.arguments, args, strict=False)), **kwargs}
-        unread = kind.arguments[0] if kind.overwrites else None
-        read = tensors_in([value for key, value in arguments.items() if key != unread])
-        sizing: list[Tensor] = []
-        if kind.sized_by_values:
-            dtypes = {torch.bool, torch.uint8} if kind.name == "index" else None
-            values = arguments.get("mask", arguments.get("indices", read))
-            sizing = [t for t in tensors_in(values) if dtypes is None or t.dtype in dtypes]
-        return cls(
-            name=kind.name,
-            arguments=arguments,
-            read=read,
-            pointwise=kind.pointwise,
-            changed=tensors_in([arguments.get(name) for name in kind.changed]),
-            sizing=sizing,
-        )
-
-    @property
-    def written(self) -> list[Tensor]:
-        """The tensors it returned, then those it changed but did not return."""
-        found = tensors_in(self.result)
-        if not self.changed:
-            return found
-        returned = {id(tensor) for tensor in found}
-        pointers = {tensor.untyped_storage()._cdata for tensor in found if _strided(tensor)}
-        return found + [
-            tensor
-            for tensor in self.changed
-            if id(tensor) not in returned
-            and not (_strided(tensor) and tensor.untyped_storage()._cdata in pointers)
-        ]
-
-    def __getitem__(self, name: str) -> Any:
-        """An argument by name, None where it is not given."""
-        return self.arguments.get(name)
-
-    def dims(self, tensor: Tensor, name: str = "dim") -> tuple[int, ...]:
-        """Dimensions of a tensor that an argument names, all of them by default."""
-        dim = self[name]
-        if dim is None or (isinstance(dim, (list, tuple)) and not dim):
-            return tuple(range(tensor.dim()))
-        given = [dim] if isinstance(dim, int) else dim
-        return tuple(d % max(tensor.dim(), 1) for d in given)
-
-
-class _Kind(NamedTuple):
-    """What the schema of an operation says."""
-
-    name: str
-    arguments: tuple[str, ...]
-    changed: tuple[str, ...]
-    overwrites: bool
-    pointwise: bool
-    sized_by_values: bool
-
-
-@cache
-def _kind(func: Any) -> _Kind:
-    schema = func._schema
-    arguments = tuple(argument.name for argument in schema.arguments)
-    name = func.overloadpacket.__name__
-    name = name[:-1] if name.endswith("_") and not name.endswith("__") else name
-    return _Kind(
-        name=name,
-        arguments=arguments,
-        changed=tuple(
-            argument.name
-            for argument in schema.arguments
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ),
-        overwrites=name in _OVERWRITING and bool(arguments),
-        pointwise=torch.Tag.pointwise in func.tags,
-        sized_by_values=torch.Tag.dynamic_output_shape in func.tags,
-    )
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in nested lists, tuples and dicts."""
-    found = []
-    stack = [tree]
-    while stack:
-        part = stack.pop()
-        if isinstance(part, Tensor):
-            found.append(part)
-        elif isinstance(part, (list, tuple)):
-            stack.extend(reversed(part))
-        elif isinstance(part, dict):
-            stack.extend(reversed(part.values()))
-    return found
-
-
-def _strided(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided
+from pyronat.index_rules import scattering, selection
+from pyronat.lattices import Lattice
+from pyronat.operations import (
+    NOT_APPLICABLE,
+    Operation,
+    Reader,
+    Shadows,
+    aligned,
+    everything,
+    fits,
+    is_strided,
+    spread,
+    tensors_in,
+)
 
 
 def result_shadows(operation: Operation, read: Reader, lattice: Lattice) -> list[Tensor]:
@@ -160,62 +42,33 @@ def result_shadows(operation: Operation, read: Reader, lattice: Lattice) -> list
         One shadow for each of `operation.written`, broadcastable to its shape.
     """
     outputs = tensors_in(operation.result)
-    if any(not _strided(tensor) for tensor in [*operation.read, *outputs]):
+    if any(not is_strided(tensor) for tensor in [*operation.read, *outputs]):
         found: Shadows = None
     elif operation.pointwise or operation["reduction"] == 0:
         found = _pointwise(operation, read, lattice)
     else:
-        rule = RULES.get(operation.name, _everything)
+        rule = RULES.get(operation.name, everything)
         try:
             found = rule(operation, read, lattice)
-        except _NOT_APPLICABLE:
+        except NOT_APPLICABLE:
             found = None
     written = operation.written
-    single = found is None or isinstance(found, Tensor)
-    shadows: Sequence[Tensor | None] = [found] * len(outputs) if single else found
-    proven = [*shadows, *[None] * (len(written) - len(shadows))]
-    if all(s is not None and _fits(s, t) for s, t in zip(proven, written, strict=True)):
+    if found is None or isinstance(found, Tensor):
+        found = [found] * len(outputs)
+    proven = [*found, *[None] * (len(written) - len(found))]
+    if all(s is not None and fits(s, t) for s, t in zip(proven, written, strict=True)):
         return [shadow for shadow in proven if shadow is not None]
-    everything = _everything(operation, read, lattice)
+    joined = everything(operation, read, lattice)
     return [
-        shadow if shadow is not None and _fits(shadow, tensor) else _spread(everything, tensor)
+        shadow if shadow is not None and fits(shadow, tensor) else spread(joined, tensor)
         for shadow, tensor in zip(proven, written, strict=True)
     ]
-
-
-def _fits(shadow: Tensor, tensor: Tensor) -> bool:
-    """Whether a shadow can be broadcast to the shape of a tensor."""
-    if shadow.dim() != tensor.dim() + 1:
-        return False
-    return all(a in {1, b} for a, b in zip(shadow.shape[1:], tensor.shape, strict=True))
-
-
-def _spread(joined: Tensor, tensor: Tensor) -> Tensor:
-    return joined.reshape(-1, *[1] * tensor.dim())
-
-
-def _everything(operation: Operation, read: Reader, lattice: Lattice) -> Tensor:
-    """All elements of all inputs, `[planes]`."""
-    joined = [lattice.join_elements(read(tensor)) for tensor in operation.read]
-    return lattice.join_many(joined)
 
 
 def _pointwise(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | None:
     """Elements at the same place, after broadcasting."""
     output = tensors_in(operation.result)[0]
-    return _aligned([read(tensor) for tensor in operation.read], output, lattice)
-
-
-def _aligned(shadows: Sequence[Tensor], output: Tensor, lattice: Lattice) -> Tensor | None:
-    """The join of shadows broadcast to an output, or None where they do not fit it."""
-    width = output.dim() + 1
-    if any(shadow.dim() > width for shadow in shadows):
-        return None
-    placed = [
-        shadow.reshape(len(shadow), *[1] * (width - shadow.dim()), *shadow.shape[1:])
-        for shadow in shadows
-    ]
-    return lattice.join_many(placed)
+    return aligned([read(tensor) for tensor in operation.read], output, lattice)
 
 
 def _reduction(operation: Operation, read: Reader, lattice: Lattice) -> list[Tensor]:
@@ -279,7 +132,7 @@ def _triangular_solve(operation: Operation, read: Reader, lattice: Lattice) -> S
         return _matrices(operation, read, lattice)
     matrix = lattice.join_along(read(operation["self"]), (-2, -1))
     columns = lattice.join_along(read(operation["B"]), (-2,))
-    return _aligned([matrix, columns], tensors_in(operation.result)[0], lattice)
+    return aligned([matrix, columns], tensors_in(operation.result)[0], lattice)
 
 
 def _pooling(operation: Operation, read: Reader, lattice: Lattice) -> Tensor:
@@ -301,7 +154,7 @@ def _product(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | N
     shadows = [lattice.join(rows, columns)]
     if added is not None:
         shadows.append(read(added))
-    return _aligned(shadows, output, lattice)
+    return aligned(shadows, output, lattice)
 
 
 def _linear(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | None:
@@ -312,7 +165,7 @@ def _linear(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | No
     shadows = [rows, units]
     if operation["bias"] is not None:
         shadows.append(read(operation["bias"]))
-    return _aligned(shadows, output, lattice)
+    return aligned(shadows, output, lattice)
 
 
 def _convolution(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | None:
@@ -340,21 +193,21 @@ def _normalization(operation: Operation, read: Reader, lattice: Lattice) -> Shad
     tensor = operation["input"]
     scales = [operation[name] for name in ("weight", "bias", "running_mean", "running_var")]
     if operation.name == "native_layer_norm":
-        joined = range(tensor.dim() - len(operation["normalized_shape"]), tensor.dim())
+        joined = list(range(tensor.dim() - len(operation["normalized_shape"]), tensor.dim()))
         shape: tuple[int, ...] | None = None
     elif operation.name == "native_group_norm":
-        joined, shape = range(1, tensor.dim()), (-1, *[1] * (tensor.dim() - 2))
+        joined, shape = list(range(1, tensor.dim())), (-1, *[1] * (tensor.dim() - 2))
     else:
         training = operation["training"] or operation["running_mean"] is None
         joined = [dim for dim in range(tensor.dim()) if dim != 1 and training]
         shape = (-1, *[1] * (tensor.dim() - 2))
-    shadows = [lattice.join_along(read(tensor), list(joined)) if joined else read(tensor)]
+    shadows = [lattice.join_along(read(tensor), joined) if joined else read(tensor)]
     for scale in scales:
         if scale is not None:
             shadow = read(scale)
             shadows.append(shadow if shape is None else shadow.reshape(lattice.planes, *shape))
     first, *rest = tensors_in(operation.result)
-    return [_aligned(shadows, first, lattice), *[None] * len(rest)]
+    return [aligned(shadows, first, lattice), *[None] * len(rest)]
 
 
 def _attention(operation: Operation, read: Reader, lattice: Lattice) -> Shadows:
@@ -364,164 +217,12 @@ def _attention(operation: Operation, read: Reader, lattice: Lattice) -> Shadows:
     weights = lattice.join(queries, lattice.join_along(read(key), (-2, -1)))
     for tensor in operation.read:
         if all(tensor is not factor for factor in (query, key, value)):
-            weights = lattice.join(weights, _spread(lattice.join_elements(read(tensor)), query))
+            weights = lattice.join(weights, spread(lattice.join_elements(read(tensor)), query))
     found = lattice.join(weights, lattice.join_along(read(value), (-2,)))
     return [found, *[None] * (len(tensors_in(operation.result)) - 1)]
 
 
-def _selection(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | None:
-    """Elements at the positions that an index holds."""
-    table: Tensor = operation["self"] if operation.name != "embedding" else operation["weight"]
-    (output,) = tensors_in(operation.result)
-    dims, indices, move = _indexing(operation, table)
-    table_shadow = read(table)
-    if any(index.dtype in {torch.bool, torch.uint8} for index in indices):
-        if lattice.follows_positions and not any(_marked(read(index)) for index in indices):
-            return lattice.move(table_shadow, move)
-        return None
-    if operation.name == "gather":
-        places = torch.arange(output.numel(), device="cpu").reshape(output.shape)
-        shadow = read(indices[0])
-    else:
-        shape = torch.broadcast_tensors(*indices)[0].shape
-        adjacent = dims == tuple(range(dims[0], dims[0] + len(dims)))
-        before = dims[0] if adjacent else 0
-        after = output.dim() - before - len(shape)
-
-        def placed(values: Tensor) -> Tensor:
-            width = before + len(shape) - (values.dim() - 1)
-            return values.reshape(len(values), *[1] * width, *values.shape[1:], *[1] * after)
-
-        shadow = lattice.join_many([placed(read(index)) for index in indices])
-        if not lattice.follows_positions:
-            dims, indices = _varying(operation, table, dims, indices)
-            if not indices:
-                return lattice.join(lattice.move(table_shadow, move), shadow)
-        shape = torch.broadcast_tensors(*indices)[0].shape
-        places = torch.arange(shape.numel(), device="cpu").reshape(1, *shape)
-        places = placed(places)[0].expand(output.shape)
-    if not _marked(table_shadow):
-        return shadow
-    index_shadow = shadow if _marked(shadow) else None
-    key = tuple(part for index in indices for part in _identity(index))
-    return lattice.select(table_shadow, Selection(dims, move, places, index_shadow, key))
-
-
-def _varying(
-    operation: Operation, table: Tensor, dims: tuple[int, ...], indices: Sequence[Tensor]
-) -> tuple[tuple[int, ...], list[Tensor]]:
-    """Dimensions and indices without those that the program counts through from end to end."""
-    kept = [
-        (dim, index)
-        for dim, index in zip(dims, indices, strict=True)
-        if not (
-            operation.is_range(index)
-            and index.numel() == table.shape[dim]
-            and torch.equal(index.cpu().flatten(), torch.arange(index.numel(), device="cpu"))
-        )
-    ]
-    return tuple(dim for dim, _ in kept), [index for _, index in kept]
-
-
-def _indexing(
-    operation: Operation, table: Tensor
-) -> tuple[tuple[int, ...], list[Tensor], Callable[[Tensor], Tensor]]:
-    """Indexed dimensions, the indices, and the operation on another table of the same shape."""
-    aten = torch.ops.aten
-    if operation.name == "embedding":
-        index = operation["indices"].cpu()
-        return (0,), [operation["indices"]], lambda t: t[index]
-    if operation.name == "index":
-        given = operation["indices"]
-        dims = tuple(dim for dim, index in enumerate(given) if index is not None)
-        local = [None if index is None else index.cpu() for index in given]
-        return dims, [given[dim] for dim in dims], lambda t: aten.index(t, local)
-    index, dim = operation["index"].cpu(), operation["dim"]
-    function = aten.gather if operation.name == "gather" else aten.index_select
-    return (dim % max(table.dim(), 1),), [operation["index"]], lambda t: function(t, dim, index)
-
-
-def _identity(index: Tensor) -> tuple[int, ...]:
-    """What tells one index from another: its memory and its values."""
-    values = index.detach().cpu().contiguous()
-    return (
-        int(index.untyped_storage()._cdata),
-        index.storage_offset(),
-        *index.stride(),
-        *index.shape,
-        hash(values.numpy().tobytes()),
-    )
-
-
-def _marked(shadow: Tensor) -> bool:
-    return bool((shadow != 0).any())
-
-
-def _scattering(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | None:
-    """Elements that stay, and values written at the positions that an index holds."""
-    target = operation["self"]
-    indices = tensors_in([operation[name] for name in ("index", "indices", "mask")])
-    source = next(
-        (operation[n] for n in ("src", "source", "values") if operation[n] is not None), None
-    )
-    sources = tensors_in(source)
-    if lattice.follows_positions and not any(_marked(read(index)) for index in indices):
-        try:
-            return _scattered(operation, read, lattice, sources)
-        except _NOT_APPLICABLE:
-            pass
-    marked = [*indices, *sources]
-    if operation.name.startswith("scatter"):
-        along = [lattice.join_along(read(tensor), (operation["dim"],)) for tensor in marked]
-        written = lattice.join_many(along)
-        if all(b in {1, a} for a, b in zip(target.shape, written.shape[1:], strict=True)):
-            return lattice.join(read(target), written)
-    everything = lattice.join_many([lattice.join_elements(read(tensor)) for tensor in marked])
-    return lattice.join(read(target), _spread(everything, target))
-
-
-def _scattered(
-    operation: Operation, read: Reader, lattice: Lattice, sources: Sequence[Tensor]
-) -> Tensor:
-    """Values written at known positions, over what was there or joined with it."""
-    target = read(operation["self"])
-    written = [read(tensor) for tensor in sources]
-    once = {"accumulate": False} if operation.name == "index_put" else {}
-    name = _WITHOUT_SUM.get(operation.name, operation.name)
-    sums = (
-        name != operation.name or bool(operation["accumulate"]) or operation["reduce"] is not None
-    )
-    if sums:
-        raise NotImplementedError
-    planes = []
-    for plane in range(lattice.planes):
-        by_id = {id(t): w[plane].contiguous() for t, w in zip(sources, written, strict=True)}
-        by_id[id(operation["self"])] = target[plane].contiguous()
-        arguments = {
-            key: tree_map(
-                lambda leaf, some=by_id: (
-                    some.get(id(leaf), leaf.cpu()) if isinstance(leaf, Tensor) else leaf
-                ),
-                value,
-            )
-            for key, value in {**operation.arguments, **once}.items()
-        }
-        if not sources and arguments.get("value") is not None:
-            arguments["value"] = 0
-        planes.append(getattr(torch.ops.aten, name)(**arguments))
-    return torch.stack(planes)
-
-
 Rule: TypeAlias = Callable[[Operation, Reader, Lattice], Shadows]
-
-_NOT_APPLICABLE = (RuntimeError, NotImplementedError, TypeError, IndexError, ValueError)
-
-_OVERWRITING = frozenset(
-    "copy fill zero empty_like full_like ones_like rand_like randn_like randint_like zeros_like "
-    "new_empty new_empty_strided new_full new_ones new_zeros uniform exponential random "
-    "log_normal cauchy geometric".split()
-)
-"""Operations that take from their first argument its shape or its memory, not its values."""
 
 _FACTORS = {
     "mm": ("self", "mat2"),
@@ -534,8 +235,6 @@ _FACTORS = {
     "addmv": ("mat", "vec"),
 }
 _ADDING = frozenset({"addmm", "_addmm_activation", "baddbmm", "addmv"})
-_WITHOUT_SUM = {"scatter_add": "scatter", "index_add": "index_copy", "scatter_reduce": "scatter"}
-
 _NAMES: dict[Rule, str] = {
     _pointwise: (
         "clone _to_copy copy fill lift_fresh native_dropout bernoulli poisson _standard_gamma "
@@ -553,7 +252,7 @@ _NAMES: dict[Rule, str] = {
     _reshaped: "_unsafe_view view reshape",
     _moved: (
         "cat stack repeat flip roll constant_pad_nd tril triu diag_embed unfold_copy "
-        "select_scatter slice_scatter diagonal_scatter as_strided_scatter rot90 block_diag "
+        "select_scatter slice_scatter diagonal_scatter asis_strided_scatter rot90 block_diag "
         "unsafe_split unsafe_split_with_sizes transpose t permute"
     ),
     _matrices: (
@@ -578,8 +277,8 @@ _NAMES: dict[Rule, str] = {
         "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
         "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
     ),
-    _selection: "index embedding index_select gather",
-    _scattering: (
+    selection: "index embedding index_select gather",
+    scattering: (
         "index_put _index_put_impl index_copy index_add index_fill scatter scatter_add "
         "scatter_reduce masked_scatter"
     ),

@@ -350,7 +350,8 @@ def _add_hidden(
 
 def _roots_of(groups: Sequence[GroupFlow]) -> Tensor:
     nothing = torch.zeros(1, dtype=torch.int64, device="cpu")
-    return torch.cat([nothing, *(group.roots for group in groups)]).unique()
+    found: Tensor = torch.cat([nothing, *(group.roots for group in groups)]).unique()
+    return found
 
 
 def groups_of(distribution: Distribution) -> tuple[Group, ...] | None:
@@ -368,7 +369,7 @@ def _roots(group: Group, flow: Dataflow, lattice: EntryGroups) -> Tensor:
         joined = lattice.join_many(shadows)
         if group.event_dim:
             joined = lattice.join_along(joined, range(-group.event_dim, 0))
-        found = joined.unique()
+        found: Tensor = joined.unique()
         return found[found != 0]
 
 

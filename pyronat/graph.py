@@ -313,13 +313,11 @@ def _dot_text(text: str) -> str:
 
 
 def _quantity(value: float, unit: str) -> str:
-    for prefix in ("", "k", "M", "G"):
-        if value < 1000:
-            break
+    prefixes = ["", "k", "M", "G", "T"]
+    while value >= 1000 and len(prefixes) > 1:
         value /= 1000
-    else:
-        prefix = "T"
-    return f"{value:.3g} {prefix}{unit}"
+        prefixes.pop(0)
+    return f"{value:.3g} {prefixes[0]}{unit}"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

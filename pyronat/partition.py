@@ -135,7 +135,7 @@ def _units_of(group: Mapping[str, Tensor]) -> list[tuple[tuple[str, ...], Units]
         params = tuple(owner[positions].unique().tolist())
         found[params, len(positions)].append(positions.tolist())
     starts = torch.tensor([0, *(number.numel() for number in group.values())]).cumsum(0).tolist()
-    lists = []
+    lists: list[tuple[tuple[str, ...], Units]] = []
     for (params, _), entries in found.items():
         local, start = {}, 0
         for index in params:
@@ -324,8 +324,9 @@ def _joined_components(
     joined = connected_components(count + sum(block.count for block in second), edges)
     found = {}
     for name in one.keys() | two.keys():
-        left = one.get(name, torch.full_like(two.get(name, one.get(name)), -1))
-        right = two.get(name, torch.full_like(left, -1))
+        like = one[name] if name in one else two[name]
+        left = one.get(name, torch.full_like(like, -1))
+        right = two.get(name, torch.full_like(like, -1))
         number = torch.where(left >= 0, left, torch.where(right >= 0, right + count, right))
         found[name] = torch.where(number >= 0, joined[number.clamp_min(0)], number)
     return found

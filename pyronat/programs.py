@@ -30,8 +30,8 @@ MAX_BRANCHES = 32
 Result = TypeVar("Result")
 
 
-class UnknownStructure(StructureChanged):
-    """A run whose structure has not been analyzed yet.
+class UnknownStructure(Exception):
+    """A run whose structure has not been analyzed yet; whoever runs a program has it analyzed.
 
     Attributes:
         known: what is known of the program.

@@ -113,7 +113,8 @@ def held_tensors(distribution: Distribution) -> list[tuple[Tensor, ...]]:
             continue
         seen.add(id(item))
         named = enumerate(item) if isinstance(item, (list, tuple)) else _attributes(item).items()
-        lazy = _computed_on_demand(type(item))
+        kind: Any = type(item)
+        lazy = _computed_on_demand(kind)
         alternatives = []
         for name, part in named:
             if isinstance(part, Tensor):
@@ -138,10 +139,10 @@ def _attributes(item: Any) -> dict[Any, Any]:
 
 
 @cache
-def _computed_on_demand(kind: type) -> frozenset[str]:
+def _computed_on_demand(kind: Any) -> frozenset[str]:
     return frozenset(
         name
-        for ancestor in kind.__mro__
+        for ancestor in getattr(kind, "__mro__", ())
         for name, attribute in vars(ancestor).items()
         if isinstance(attribute, lazy_property)
     )

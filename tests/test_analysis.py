@@ -443,7 +443,8 @@ def test_gamma_coordinates_are_one_group() -> None:
         pyro.sample("x", dist.Gamma(a, b).to_event(1))
 
     (block,) = pyronat.analyze(model).blocks
-    assert block.params == ("a", "b") and (block.structure, block.count, block.size) == ("unit", 3, 2)
+    assert block.params == ("a", "b")
+    assert (block.structure, block.count, block.size) == ("unit", 3, 2)
 
 
 def test_one_scalar_parameter_for_two_groups_joins_them() -> None:

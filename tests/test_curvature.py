@@ -33,7 +33,7 @@ from pyronat.curvature import (
 from pyronat.errors import BlockTooLarge, StructureChanged, UnsupportedDistribution
 from pyronat.expectation import dream_curvature, exact_curvature
 from pyronat.graph import BayesNet
-from pyronat.programs import KnownProgram, know, with_all_branches
+from pyronat.programs import KnownProgram, UnknownStructure, know, with_all_branches
 from pyronat.tracing import Run, dream, params_of, records_of
 
 EXACT = 1e-12
@@ -132,7 +132,7 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_unit_path_equals_dense_path(name: str) -> None:
     model, args = PROGRAMS[name]
-    net, plan, run = planned(model, *args)
+    _, plan, run = planned(model, *args)
     dense = forced_dense(plan)
     assert all(block.structure == "dense" for block in dense.blocks.values())
     ours, reference = full_matrix(of_run(run, plan), plan), full_matrix(of_run(run, dense), dense)
@@ -155,7 +155,7 @@ def test_layered_has_unit_blocks_of_both_orientations() -> None:
 def test_wrong_orientation_is_seen() -> None:
     # Negative control of the comparison of paths.
     model, args = PROGRAMS["layered"]
-    net, plan, run = planned(model, *args)
+    _, plan, run = planned(model, *args)
     flipped = {
         name: replace(layout, shapes=((3, 2),), axes=((0,),)) if name == "first" else layout
         for name, layout in plan.layouts.items()
@@ -172,7 +172,7 @@ def test_batch_as_large_as_the_fan_in() -> None:
             pyro.sample("y", dist.Bernoulli(logits=F.linear(x, weight)).to_event(1))
 
     x = torch.randn(3, 3)
-    net, plan, run = planned(model, x)
+    _, plan, run = planned(model, x)
     dense = forced_dense(plan)
     ours, reference = of_run(run, plan), of_run(run, dense)
     torch.testing.assert_close(
@@ -496,7 +496,7 @@ def test_changes_are_refused(change: str, message: str) -> None:
     assert set(of_run(run, plan)) == {"weight", "other"}
     program.change = change
     changed = dream(program, (x,), {})
-    with pytest.raises(StructureChanged, match=message):
+    with pytest.raises(UnknownStructure, match=message):
         plan.program.check(changed.records, {**run.params, **changed.params})
 
 

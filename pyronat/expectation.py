@@ -11,6 +11,7 @@ from torch import Tensor
 from pyronat.curvature import Curvature, Factor, Plan, observe, total_curvature
 from pyronat.enumeration import enumerate_parents
 from pyronat.errors import InvalidData, UnsupportedProgram
+from pyronat.flows import tied_plates
 from pyronat.graph import BayesNet
 from pyronat.importance import datum_plates
 from pyronat.loss_traces import importance_traces
@@ -89,7 +90,8 @@ def posterior_curvature(
 ) -> dict[str, Curvature]:
     """Gauss–Newton-like metric: observed data, hidden parents from the weighted posterior.
 
-    Self-normalized importance weights of guide draws, one set for each datum.
+    Self-normalized importance weights of guide draws, one set for each datum, joint for data that
+    depend on each other's values.
 
     Args:
         model: the model, whose blocks are measured.
@@ -102,12 +104,13 @@ def posterior_curvature(
     Returns:
         Curvature by block name.
     """
+    tied = tied_plates(model, args, kwargs) | tied_plates(guide, args, kwargs)
     factors: list[list[Factor]] = []
     log_weights: list[Tensor] = []
     for _ in range(num_particles):
         traces = importance_traces(model, guide, args, kwargs, float("inf"))
         p, q = map(scored_records_of, traces)
-        plates = datum_plates([*p, *q])
+        plates = datum_plates([*p, *q], ignored=sorted(tied))
         log_weights.append((plates.log_prob(p) - plates.log_prob(q)).detach())
         records, params = records_of(traces[0]), params_of(traces[0])
         plan.program.check(records, params)

@@ -202,11 +202,34 @@ def _follow_values(call: _Call, sites: Mapping[str, SiteFlow]) -> None:
     call.followed(flow, see)
 
 
-def _follow_examples(call: _Call, sites: Mapping[str, SiteFlow]) -> None:
+def tied_plates(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> frozenset[str]:
+    """Plates whose elements depend on sampled or observed values of other elements.
+
+    Given the parameters and the arguments, the elements of all other plates are independent.
+
+    Args:
+        program: model or guide.
+        args: its arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        Names of plates.
+    """
+    with quietly(), repeatable() as rewind:
+        call = _Call(program, args, kwargs, {}, run_constant(program, args, kwargs, {}))
+        sites = {record.name: SiteFlow(record) for record in call.run.records}
+        rewind()
+        _follow_examples(call, sites, through_arguments=False)
+    return frozenset(plate for site in sites.values() for plate in site.coupled)
+
+
+def _follow_examples(
+    call: _Call, sites: Mapping[str, SiteFlow], through_arguments: bool = True
+) -> None:
     """Along which plates an element of a distribution depends on other elements.
 
-    Sample values carry the number of their element in each plate, and so do tensors among the
-    arguments along their first dimension of the plate's size.
+    Sample values carry the number of their element in each plate. So do tensors among the
+    arguments, if wanted, along their first dimension of the plate's size.
     """
     sizes: dict[str, int] = {}
     for record in call.run.records:
@@ -216,7 +239,7 @@ def _follow_examples(call: _Call, sites: Mapping[str, SiteFlow]) -> None:
     if not names:
         return
     flow = Dataflow(Origins(len(names)))
-    for tensor in tree_leaves((call.args, call.kwargs)):
+    for tensor in tree_leaves((call.args, call.kwargs)) if through_arguments else ():
         if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
             flow.mark(tensor, _numbered(tensor, [_first_dim(tensor, sizes[n]) for n in names]))
     for record in call.observed:

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyronat.flows import tied_plates
 from pyronat.importance import datum_plates, effective_sample_size
 from pyronat.loss_traces import importance_traces, sleep_traces
 from pyronat.tracing import scored_records_of
@@ -22,7 +23,9 @@ class ReweightedWakeSleep(ELBO):
     """Reweighted wake–sleep (Bornschein & Bengio 2015) with importance weights per datum.
 
     With guide draws h_k ~ q(h|v) and weights w_k ∝ p(v, h_k) / q(h_k|v), normalized over the
-    particles of each element of the plates that all sites share:
+    particles of each element of the plates that all sites share, as far as the analysis of both
+    programs proves these elements independent; weights are joint over plates whose elements depend
+    on each other's values, as after a batch mean of hidden variables:
 
     - wake-θ:  −log (1/K) Σ_k p(v, h_k) / q(h_k|v), for the model;
     - wake-φ:  −Σ_k w_k log q(h_k|v), for the guide, weight `insomnia`;
@@ -62,6 +65,7 @@ class ReweightedWakeSleep(ELBO):
         )
         self.insomnia = insomnia
         self.num_sleep_particles = num_sleep_particles
+        self._tied: dict[tuple[Any, Any], frozenset[str]] = {}
         self.ess: Tensor | None = None
         """Effective sample size of the last evaluation, mean over data."""
 
@@ -83,7 +87,8 @@ class ReweightedWakeSleep(ELBO):
         scale = 1.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             p, q = scored_records_of(model_trace), scored_records_of(guide_trace)
-            plates = datum_plates([*p, *q], ignored=[_PARTICLES])
+            tied = self._tied_plates(model, guide, args, kwargs)
+            plates = datum_plates([*p, *q], ignored=[_PARTICLES, *tied])
             stacked = self.vectorize_particles and self.num_particles > 1
             kept = [-self.max_plate_nesting] if stacked else []
             log_ps.append(plates.log_prob(p, kept))
@@ -98,6 +103,15 @@ class ReweightedWakeSleep(ELBO):
         weights = log_weights.detach().softmax(0)
         theta = -(log_weights.logsumexp(0) - math.log(self.num_particles)).sum() * scale
         return theta, -(weights * log_q).sum() * scale
+
+    def _tied_plates(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+    ) -> frozenset[str]:
+        """Plates whose elements have no weights of their own, looked up once for each program."""
+        if (model, guide) not in self._tied:
+            tied = (tied_plates(program, args, kwargs) for program in (model, guide))
+            self._tied[model, guide] = frozenset().union(*tied)
+        return self._tied[model, guide]
 
     def _sleep(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any

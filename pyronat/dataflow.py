@@ -27,6 +27,11 @@ from pyronat.operations import Operation, tensors_in
 _READING = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr, torch.tensor})
 """Functions that read values without passing the dispatcher."""
 
+_RESHAPING_IN_PLACE = frozenset(
+    "squeeze unsqueeze t transpose swapdims swapaxes as_strided detach".split()
+)
+"""Operations whose in-place variants leave the memory as it is."""
+
 _BUILDING = frozenset({torch.tensor, torch.as_tensor, torch.asarray})
 """Functions that make a tensor of a nested list, whose numbers may be tensors."""
 
@@ -141,6 +146,8 @@ class Dataflow:
 
     def propagate(self, operation: Operation) -> None:
         """Labels the outputs of an operation by its rule."""
+        if operation.changed and operation.name in _RESHAPING_IN_PLACE:
+            return
         if operation.sizing:
             self.escape(*operation.sizing)
         for tensor in operation.changed:

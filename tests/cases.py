@@ -333,6 +333,47 @@ def bank_guide(x: Tensor, y: Tensor, z: Tensor) -> None:
     bernoulli("g", logits("q.g", 12, 2)[z.long()])
 
 
+# --- squashed: probabilities that keep away from 0 and 1 ---------------------------------------
+
+
+def squashed(c: Tensor) -> None:
+    a = bernoulli("a", logits("b0", 1, 3))
+    b = pyro.sample(
+        "b", dist.Bernoulli(torch.sigmoid(F.linear(a, logits("W1", 2, 2, 3)))).to_event(1)
+    )
+    probs = 0.02 + 0.96 * torch.sigmoid(F.linear(b, logits("W2", 3, 3, 2), logits("b2", 4, 3)))
+    pyro.sample("c", dist.Bernoulli(probs).to_event(1), obs=c)
+
+
+# --- deep: a network with a hidden layer between two sites -------------------------------------
+
+
+def deep(c: Tensor) -> None:
+    a = bernoulli("a", logits("b0", 1, 2))
+    h = torch.tanh(F.linear(a, logits("V", 2, 3, 2), logits("v", 3, 3)))
+    bernoulli("c", F.linear(h, logits("U", 4, 3, 3), logits("u", 5, 3)), obs=c)
+
+
+# --- convolution: one kernel at all places -----------------------------------------------------
+
+
+def convolution(c: Tensor) -> None:
+    a = bernoulli("a", logits("b0", 1, 4))
+    bernoulli("c", F.conv1d(a[None, None], logits("kernel", 2, 1, 1, 2))[0, 0], obs=c)
+
+
+# --- triangular: a fully visible belief network, written in place ------------------------------
+
+
+def triangular(v: Tensor) -> None:
+    weight, bias = logits("W", 1, 4, 4), logits("b", 2, 4)
+    x = torch.zeros(4, dtype=torch.float64)
+    for i in range(4):
+        value = pyro.sample(f"v{i}", dist.Bernoulli(logits=weight[i] @ x + bias[i]), obs=v[i])
+        x = x.clone()
+        x[i] = value
+
+
 CASES: tuple[Case, ...] = (
     Case(
         name="chain",
@@ -522,6 +563,46 @@ CASES: tuple[Case, ...] = (
         districts=sets("h x", "y", "g z"),
         guide=bank_guide,
         guide_parents=dag(h="", g=""),
+    ),
+    Case(
+        name="squashed",
+        model=squashed,
+        args=(bits(1, 0, 1),),
+        parents=dag(a="", b="a", c="b"),
+        observed=frozenset({"c"}),
+        blocks=frozenset({
+            unit("b0", count=3),
+            unit("W1", count=2, size=3),
+            unit("W2", "b2", count=3, size=3),
+        }),
+        districts=sets("a b c"),
+    ),
+    Case(
+        name="deep",
+        model=deep,
+        args=(bits(1, 0, 1),),
+        parents=dag(a="", c="a"),
+        observed=frozenset({"c"}),
+        blocks=frozenset({unit("b0", count=2), dense("V", "v", "U", "u", size=21)}),
+        districts=sets("a c"),
+    ),
+    Case(
+        name="convolution",
+        model=convolution,
+        args=(bits(1, 0, 1),),
+        parents=dag(a="", c="a"),
+        observed=frozenset({"c"}),
+        blocks=frozenset({unit("b0", count=4), dense("kernel", size=2)}),
+        districts=sets("a c"),
+    ),
+    Case(
+        name="triangular",
+        model=triangular,
+        args=(bits(1, 0, 1, 1),),
+        parents=dag(v0="", v1="v0", v2="v0 v1", v3="v0 v1 v2"),
+        observed=frozenset({"v0", "v1", "v2", "v3"}),
+        blocks=frozenset({unit("W", "b", count=4, size=5)}),
+        districts=sets("v0", "v1", "v2", "v3"),
     ),
 )
 """The table: name, program, structure."""

@@ -23,7 +23,7 @@ from pyronat.testing import Layout
 
 Values = dict[str, Tensor]
 
-EXACT = 1e-10
+EXACT = 1e-12
 ZERO = 1e-12
 
 

@@ -21,6 +21,9 @@ from pyronat.lattices import Lattice, Selection
 MAX_CHOICES = 2**22
 """Elements up to which choices are told apart by position; beyond, all rows count as read."""
 
+_WORTH_NARROWING = 512
+"""Elements from which on it pays to look for dimensions that say the same again and again."""
+
 _SHIFT = 2**31
 _MIXED = -1
 
@@ -60,7 +63,8 @@ class EntryGroups(Lattice):
     def __init__(self) -> None:
         self._count = 1
         self._steps: list[_Join | _Choice] = []
-        self._chosen = torch.zeros(1024, dtype=torch.bool)
+        self._chosen = torch.zeros(1024, dtype=torch.bool, device="cpu")
+        self._within = torch.zeros(1024, dtype=torch.int64, device="cpu")
         self._positions: dict[tuple[int, ...], int] = {}
         self._num_positions = 1
 
@@ -74,9 +78,8 @@ class EntryGroups(Lattice):
         nodes = torch.arange(self._count, self._count + count)
         self._count += count
         if self._count > len(self._chosen):
-            grown = torch.zeros(2 * self._count, dtype=torch.bool)
-            grown[: len(self._chosen)] = self._chosen
-            self._chosen = grown
+            self._chosen = _grown(self._chosen, 2 * self._count)
+            self._within = _grown(self._within, 2 * self._count)
         return nodes
 
     def _joined(self, count: int, parents: Tensor, children: Tensor) -> Tensor:
@@ -84,6 +87,7 @@ class EntryGroups(Lattice):
         nodes = self.new(count)
         self._steps.append(_Join(int(nodes[0]), count, nodes[parents], children))
         self._chosen[nodes[parents[self._chosen[children]]]] = True
+        self._within[children] = nodes[parents]
         return nodes
 
     def join(self, first: Tensor, second: Tensor) -> Tensor:
@@ -92,6 +96,11 @@ class EntryGroups(Lattice):
             first, second = torch.broadcast_tensors(first, second)
         shape = first.shape
         first, second = _narrowed((first, second), ())
+        # Of a node and a union that contains it, the union is kept.
+        contained = (self._within[first] == second) & (second != 0)
+        first = torch.where(contained, second, first)
+        contained = (self._within[second] == first) & (first != 0)
+        second = torch.where(contained, first, second)
         joined = torch.maximum(first, second)
         mixed = (first != 0) & (second != 0) & (first != second)
         if bool(mixed.any()):
@@ -253,6 +262,12 @@ class EntryGroups(Lattice):
         return edges
 
 
+def _grown(tensor: Tensor, size: int) -> Tensor:
+    grown = tensor.new_zeros(size)
+    grown[: len(tensor)] = tensor
+    return grown
+
+
 def _to_members(step: _Choice, some: Tensor) -> Tensor:
     """Edges `[2, n]` from some of a step's nodes to all rows that they may be."""
     members = step.members[:, step.columns[some]]
@@ -273,7 +288,7 @@ def _narrowed(shadows: Sequence[Tensor], kept: Sequence[int]) -> list[Tensor]:
     The kept dimensions may be narrowed as well: a union of equal sets is that set.
     """
     narrowed = list(shadows)
-    if narrowed[0].numel() == 0:
+    if narrowed[0].numel() < _WORTH_NARROWING:
         return narrowed
     for axis in range(narrowed[0].dim()):
         if narrowed[0].shape[axis] > 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
@@ -133,7 +134,8 @@ class Curvature:
     Attributes:
         matrix: Fisher information Σ w Jᵀ F J `[count, size, size]`, or None where not measured.
         leverage: w_ref E‖a‖² × scale `[count]`: how far one datum can move its own coordinate,
-            squared, with w_ref the largest Fisher weight of the family.
+            squared, with w_ref the largest Fisher weight of the family, over the data that reach
+            the unit; 0 where none did.
         reach: 2 √w_ref E‖a‖₁ `[count]`: how far a unit change of all entries moves a coordinate,
             in units of a logit for the Bernoulli family.
     """
@@ -154,15 +156,31 @@ class Curvature:
         )
 
     def mix(self, other: Curvature, share: float) -> Curvature:
-        """(1 − share) of this and `share` of the other."""
+        """(1 − share) of this and `share` of the other.
+
+        A unit that one of them has not reached, whose leverage and reach are 0 there, keeps those
+        of the other.
+        """
 
         def lerp(a: Tensor, b: Tensor) -> Tensor:
             return a if share == 0 else torch.lerp(a, b.to(a.dtype), share)
 
+        def lerp_reached(a: Tensor, b: Tensor) -> Tensor:
+            return torch.where(a == 0, b.to(a.dtype), torch.where(b == 0, a, lerp(a, b)))
+
         matrix = self.matrix
         if matrix is not None and other.matrix is not None:
             matrix = lerp(matrix, other.matrix)
-        return Curvature(matrix, lerp(self.leverage, other.leverage), lerp(self.reach, other.reach))
+        return Curvature(
+            matrix,
+            lerp_reached(self.leverage, other.leverage),
+            lerp_reached(self.reach, other.reach),
+        )
+
+    def unreached(self) -> Curvature:
+        """What a run contributes that reaches none of the units."""
+        matrix = None if self.matrix is None else torch.zeros_like(self.matrix)
+        return Curvature(matrix, torch.zeros_like(self.leverage), torch.zeros_like(self.reach))
 
 
 @dataclass(frozen=True)
@@ -373,14 +391,24 @@ def _factors(
             )
         inputs = _ordered_inputs(units, first, params)
         return [replace(factors[0], inputs=inputs, slope=units.slope)]
-    used = sorted({param for name in names for param in plan.blocks[name].params})
-    columns = _jacobian(group, [params[param] for param in used], gate)
-    starts = dict(
-        zip(used, accumulate((params[name].numel() for name in used), initial=0), strict=False)
+    shapes = {
+        param: shape
+        for name in names
+        for param, shape in zip(plan.blocks[name].params, plan.blocks[name].shapes, strict=True)
+    }
+    present = [param for param in shapes if param in params]
+    if not present:
+        return []
+    # Parameters of other branches have no derivatives here.
+    found = _jacobian(group, [params[param] for param in present], gate)
+    parts = dict(zip(present, found.split([prod(shapes[p]) for p in present], 1), strict=True))
+    columns = torch.cat(
+        [parts.get(p, found.new_zeros(len(found), prod(shape))) for p, shape in shapes.items()], 1
     )
+    starts = accumulate((prod(shape) for shape in shapes.values()), initial=0)
     positions = {
-        name: torch.arange(start, start + params[name].numel()).reshape(params[name].shape)
-        for name, start in starts.items()
+        param: torch.arange(start, start + prod(shape), device=columns.device).reshape(shape)
+        for start, (param, shape) in zip(starts, shapes.items(), strict=False)
     }
     return [
         replace(factor, jacobian=columns[:, plan.layouts[name].pack(positions)])
@@ -414,15 +442,17 @@ def _ordered_inputs(units: LinearUnits, block: ParamBlock, params: Mapping[str, 
     """
     inputs = {id(term.leaf): term.inputs for term in units.terms}
     rows = next(iter(inputs.values()))
-    columns = [
-        inputs[id(params[name])]
-        if id(params[name]) in inputs
-        else rows.new_zeros(len(rows), params[name].numel() // block.count)
-        for name in block.params
-    ]
-    if not inputs.keys() <= {id(params[name]) for name in block.params}:
+    places = {id(params[name]): name for name in block.params if name in params}
+    if not inputs.keys() <= places.keys():
         raise StructureChanged(f"the linear units of {block.name} use other parameters than before")
-    return torch.cat(columns, 1)
+    by_name = {places[leaf]: values for leaf, values in inputs.items()}
+    return torch.cat(
+        [
+            by_name.get(name, rows.new_zeros(len(rows), prod(shape) // block.count))
+            for name, shape in zip(block.params, block.shapes, strict=True)
+        ],
+        1,
+    )
 
 
 def total_curvature(
@@ -442,11 +472,13 @@ def mix(
 ) -> dict[str, Curvature]:
     """(1 − share) of the first and `share` of the second, block by block.
 
-    A block that one of them lacks keeps what the other has.
+    A block that one of them lacks was not reached there: its Fisher information is 0.
     """
+
+    def part(some: Mapping[str, Curvature], other: Mapping[str, Curvature], name: str) -> Curvature:
+        return some[name] if name in some else other[name].unreached()
+
     return {
-        name: first[name].mix(second[name], share)
-        if name in first and name in second
-        else (first.get(name) or second[name])
+        name: part(first, second, name).mix(part(second, first, name), share)
         for name in first.keys() | second.keys()
     }

@@ -87,7 +87,8 @@ def enumerate_parents(
     if abs(mass - 1) > 1e-4:
         raise NotEnumerable(
             f"the probabilities of all states of {', '.join(sorted(parents))} sum to {mass:.6g}, "
-            "not to 1: a parent is masked, or its support depends on other sites"
+            "not to 1: a parent is masked, its support depends on other sites, or branches have "
+            "parents of their own; use Full(expectation='model') or 'pooled'"
         )
     return runs
 

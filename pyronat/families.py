@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Group:
     def size(self) -> int:
         """Number of coordinates of one batch element."""
         shape = self.coordinates[0].shape
-        return len(self.coordinates) * shape[len(shape) - self.event_dim :].numel()
+        return len(self.coordinates) * prod(shape[len(shape) - self.event_dim :])
 
     @property
     def scalar(self) -> bool:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from pyronat.autograd import leaves
 from pyronat.dataflow import Dataflow
 from pyronat.entries import EntryGroups
-from pyronat.errors import UnsupportedDistribution, UnsupportedProgram
+from pyronat.errors import StructureChanged, UnsupportedDistribution, UnsupportedProgram
 from pyronat.families import Group, groups, peel
 from pyronat.fingerprint import fingerprint
 from pyronat.lattices import LabelSets, Origins
@@ -109,12 +109,21 @@ def follow(
         What flows into every site.
 
     Raises:
-        UnsupportedProgram: if a parameter reaches a site without being registered with Pyro, or
-            the runs differ though their random numbers are equal.
+        UnsupportedProgram: if a parameter reaches a site without being registered with Pyro.
+        StructureChanged: if two runs differ though their random numbers are equal.
     """
     given = {name: value.detach() for name, value in (values or {}).items()}
     with quietly(), repeatable() as rewind:
         run = run_constant(program, args, kwargs, given)
+        found = fingerprint(run.records, run.params)
+        rewind()
+        again = run_constant(program, args, kwargs, given)
+        if fingerprint(again.records, again.params) != found:
+            names = ", ".join(record.name for record in again.records)
+            raise StructureChanged(
+                f"two runs on the same values and random numbers differ at the sites {names}; a "
+                "program may not change what it does from call to call"
+            )
         call = _Call(program, args, kwargs, given, run)
         sites = {record.name: SiteFlow(record) for record in run.records}
         for step in (_follow_values, _follow_examples):

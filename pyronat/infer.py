@@ -13,6 +13,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -112,7 +113,6 @@ class NaturalSVI:
         self.model, self.guide, self.optim = model, guide, optim
         self.loss = Trace_ELBO() if loss is None else loss
         self._analyzed = False
-        self._leaves: dict[str, Tensor] = {}
         self.info: StepInfo | None = None
         self._rejected = 0
 
@@ -141,13 +141,14 @@ class NaturalSVI:
         if not self._analyzed:
             with _explained(args, kwargs):
                 self._analyze(args, kwargs)
-        state = random_state()
+        state = get_rng_state(), random_state()
         for _ in range(MAX_BRANCHES):
             try:
                 return self._try_step(start, args, kwargs)
             except UnknownStructure as unknown:
                 self._learn(unknown, args, kwargs)
-                set_random_state(state)
+                set_rng_state(state[0])
+                set_random_state(state[1])
         raise StructureChanged(
             f"the programs took {MAX_BRANCHES} branches in one step that were all new"
         )
@@ -162,8 +163,7 @@ class NaturalSVI:
         with poutine.trace(param_only=True) as capture:
             try:
                 loss = self._backward(observer, args, kwargs)
-                self._leaves.update(params_of(capture.trace))
-                params = dict(sorted(self._leaves.items()))
+                params = params_of(capture.trace)
                 gradients = {name: _gradient(leaf) for name, leaf in params.items()}
                 optim.check_params(gradients)
                 if math.isfinite(loss) and _all_finite(gradients.values()):
@@ -198,16 +198,13 @@ class NaturalSVI:
         stored = set(pyro.get_param_store().keys())
         with torch.random.fork_rng(), poutine.block(), torch.no_grad():
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-            model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(
-                *args, **kwargs
-            )
+            poutine.replay(self.model, trace=guide_trace)(*args, **kwargs)
             after = random_state()
         if stored != set(pyro.get_param_store().keys()):
             set_random_state(after)
         model, guide = know(self.model, args, kwargs), know(self.guide, args, kwargs)
         self._check_simulable(model)
         self.optim.bind({"model": model, "guide": guide})
-        self._leaves = {**params_of(guide_trace), **params_of(model_trace)}
         self._analyzed = True
 
     def _check_simulable(self, model: KnownProgram) -> None:
@@ -313,7 +310,8 @@ class NaturalSVI:
                 return False
         with torch.no_grad():
             for name, change in proposal.changes.items():
-                params[name].add_(change)
+                if name in params:
+                    params[name].add_(change)
         return True
 
     def _describe(

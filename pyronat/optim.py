@@ -259,7 +259,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
 
         Args:
             sides: curvature to use.
-            gradients: by parameter name, of all parameters.
+            gradients: by parameter name, of all parameters that the step uses.
 
         Returns:
             The step; nothing has been changed.

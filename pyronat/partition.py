@@ -94,8 +94,11 @@ def blocks_of(
     for names in _linked(used):
         group = {name: used[name] for name in names}
         for params, units in _units_of(group):
-            members = sorted({index for name in params for index in readers[name]})
-            blocks.append(_block(params, units, components, [factors[i] for i in members], order))
+            found = {index for name in params for index in readers[name]}
+            members = sorted(
+                (factors[index] for index in found), key=lambda f: (order[f.site], f.group)
+            )
+            blocks.append(_block(params, units, components, members, order))
     return tuple(sorted(blocks, key=lambda block: (block.params, block.size)))
 
 

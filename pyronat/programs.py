@@ -22,7 +22,18 @@ from pyronat.flows import follow
 from pyronat.graph import BayesNet
 from pyronat.partition import union
 from pyronat.records import SiteRecord, distribution_tensors
-from pyronat.tracing import Program, quietly, repeatable, run_constant, unconditioned
+from pyronat.tracing import (
+    ADDED_PLATES,
+    Program,
+    quietly,
+    repeatable,
+    run_constant,
+    set_seed,
+    unconditioned,
+)
+
+ATTEMPTS = 8
+"""Runs on other random numbers in which a branch may turn up again."""
 
 MAX_BRANCHES = 32
 """Runs of unknown structure that are analyzed in one step."""
@@ -112,26 +123,38 @@ def learn(
     if _simulated(known.net, records):
         program = unconditioned(program)
     values = {record.name: record.value for record in records if not record.observed}
-    shapes = {site.name: site.shape for site in known.net.sites}
-    batched = any(
-        record.value.dim() != len(shapes.get(record.name, record.value.shape)) for record in records
+    batched = _is_batched(records)
+    with repeatable():
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                # The branch may depend on random numbers that are no sample values.
+                set_seed(attempt)
+            flow = follow(program, args, kwargs, {} if batched else values)
+            positions = flow.positions and known.positions
+            seen = fingerprint(records, unknown.params, positions)
+            net = network_of(flow)
+            if (
+                flow.fingerprint == seen
+                or (batched and _same_sites(net, records, unknown.params))
+                or (not batched and _repeated(program, args, kwargs, values, positions) == seen)
+            ):
+                runs = known.runs | {flow.fingerprint, seen}
+                return KnownProgram(union(known.net, net), runs, positions)
+    changed = _differences(net, records)
+    raise StructureChanged(
+        f"the program took a branch that it did not take again on the same values: {changed}; "
+        "let branches depend on sampled values or arguments alone"
     )
-    flow = follow(program, args, kwargs, {} if batched else values)
-    positions = flow.positions and known.positions
-    seen = fingerprint(records, unknown.params, positions)
-    net = network_of(flow)
-    if flow.fingerprint != seen and (
-        not _same_sites(net, records, unknown.params)
-        if batched
-        else _repeated(program, args, kwargs, values, positions) != seen
-    ):
-        changed = _differences(net, records)
-        raise StructureChanged(
-            f"the program took a branch that it did not take again on the same values: {changed}; "
-            "let branches depend on sampled values or arguments alone"
-        )
-    runs = known.runs | {flow.fingerprint, seen}
-    return KnownProgram(union(known.net, net), runs, positions)
+
+
+def _is_batched(records: Sequence[SiteRecord]) -> bool:
+    """Whether a loss has added dimensions to a run, for particles or enumerated values."""
+    return any(
+        any(plate.name in ADDED_PLATES for plate in record.plates)
+        or record.value.dim() - len(record.distribution.event_shape)
+        > max((-plate.dim for plate in record.plates), default=0)
+        for record in records
+    )
 
 
 def with_all_branches(

@@ -112,7 +112,8 @@ def held_tensors(distribution: Distribution) -> list[tuple[Tensor, ...]]:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        named = enumerate(item) if isinstance(item, (list, tuple)) else _attributes(item).items()
+        listed = isinstance(item, (list, tuple))
+        named = list(enumerate(item)) if listed else list(_attributes(item).items())
         kind: Any = type(item)
         lazy = _computed_on_demand(kind)
         alternatives = []
@@ -125,7 +126,7 @@ def held_tensors(distribution: Distribution) -> list[tuple[Tensor, ...]]:
                     found.append((part,))
             elif isinstance(part, _HOLDERS) and not isinstance(part, torch.Size):
                 stack.append(part)
-        if alternatives:
+        if alternatives and not any(str(name).startswith("_unbroadcasted") for name, _ in named):
             given = [part for part in alternatives if part is getattr(item, "_param", None)]
             found.append(tuple(given or alternatives))
     return found

@@ -28,10 +28,12 @@ class SolvedBlock:
     Attributes:
         damping: λ `[count]` at the refresh that factored it.
         factor: Cholesky factor of G + λ I.
+        known: whether G + λ I is more than 0 `[count]`; units of which nothing is known stay.
     """
 
     damping: Tensor
     factor: CholeskyFactor
+    known: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ class Side:
     ) -> Side:
         """This side with a new estimate of the curvature averaged in."""
         share = rule.share(self.refreshes)
-        average = mix(self.average, curvature, share) if self.average else dict(curvature)
+        kept = {name: value for name, value in self.average.items() if name in self.plan.blocks}
+        known = {name: value for name, value in curvature.items() if name in kept}
+        average = {**curvature, **(mix(kept, known, share) if kept else {})}
         side = replace(self, refreshes=self.refreshes + 1, average=average)
         return side.factored(damping, lr) if self.natural else side
 
@@ -98,23 +102,26 @@ class Side:
         for name, curvature in self.average.items():
             assert curvature.matrix is not None
             diagonal = BlockMatrix(curvature.matrix).mean_diagonal()
-            strength = damping(diagonal, curvature.leverage, lr).expand(diagonal.shape)
+            leverage = _filled(curvature.leverage)
+            strength = damping(diagonal, leverage, lr).expand(diagonal.shape)
             solved[name] = self._solve(name, curvature.matrix, strength)
         return replace(self, solved=solved)
 
     def _solve(self, name: str, matrix: Tensor, damping: Tensor) -> SolvedBlock:
+        block = BlockMatrix(matrix)
         try:
-            return SolvedBlock(damping, BlockMatrix(matrix).factor(damping))
+            return SolvedBlock(damping, block.factor(damping), block.mean_diagonal() + damping > 0)
         except PyronatError as error:
             raise type(error)(f"block of {name}: {error}") from error
 
     def reach(self) -> dict[str, Tensor]:
-        """Reach of every parameter entry, by parameter name."""
+        """Reach of every parameter entry, by parameter name; 0 where nothing is known."""
         reach: dict[str, Tensor] = {}
         for name, curvature in self.average.items():
             layout = self.plan.layouts[name]
             size = self.plan.blocks[name].size
-            add_parts(reach, layout.unpack(curvature.reach.unsqueeze(1).expand(-1, size)))
+            spread = _filled(curvature.reach).unsqueeze(1).expand(-1, size)
+            add_parts(reach, layout.unpack(spread))
         return reach
 
     def directions(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -130,8 +137,8 @@ class Side:
         products = []
         for name, solved in self.solved.items():
             layout = self.plan.layouts[name]
-            gradient = layout.pack(gradients)
-            direction = solved.factor.solve(gradient)
+            gradient = self._packed(name, gradients)
+            direction = solved.factor.solve(gradient) * solved.known.unsqueeze(1)
             inner = (gradient * direction).sum()
             squares = direction.square().sum(1)
             # (G + λ) d = g, so dᵀGd needs no product with G.
@@ -149,6 +156,17 @@ class Side:
             )
             add_parts(directions, layout.unpack(direction))
         return directions, products
+
+    def _packed(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Gradients `[count, size]` of a block, 0 for parameters that a step did not use."""
+        block, layout = self.plan.blocks[name], self.plan.layouts[name]
+        like = self.solved[name].damping
+        zeros = {
+            param: like.new_zeros(shape)
+            for param, shape in zip(block.params, block.shapes, strict=True)
+            if param not in gradients
+        }
+        return layout.pack({**zeros, **gradients} if zeros else gradients)
 
     def state(self) -> dict[str, Any]:
         """Structure, running averages and damping as plain tensors, numbers, strings and dicts."""
@@ -195,6 +213,11 @@ class Side:
         return replace(side, solved=solved)
 
 
+def _filled(values: Tensor) -> Tensor:
+    """Values of units that no run has reached, as those of the unit that has the largest."""
+    return torch.where(values > 0, values, values.max())
+
+
 def restored_program(own: KnownProgram, state: Mapping[str, Any], role: Role) -> KnownProgram:
     """The program of a state, which may know more branches than the one at hand.
 
@@ -214,9 +237,8 @@ def restored_program(own: KnownProgram, state: Mapping[str, Any], role: Role) ->
     families, saved_families = _families(own.net), _families(saved)
     changed = [
         name
-        for name in families.keys() | saved_families.keys()
-        if not set(families.get(name, "").split(" | "))
-        <= set(saved_families.get(name, "").split(" | "))
+        for name in families
+        if not set(families[name].split(" | ")) <= set(saved_families.get(name, "").split(" | "))
     ]
     shapes, saved_shapes = _shapes(own.net), _shapes(saved)
     changed += [name for name in shapes if shapes[name] != saved_shapes.get(name)]

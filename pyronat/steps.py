@@ -202,7 +202,7 @@ class ReachScaledAdam:
 
         Args:
             gradient: of any shape.
-            reach: the reach of each entry, same shape.
+            reach: the reach of each entry, same shape; entries without one do not move.
             lr: current learning rate.
             state: moments, or None at the start.
 
@@ -218,5 +218,5 @@ class ReachScaledAdam:
         second = torch.lerp(state.second, gradient.square(), 1 - second_decay)
         root = (second / (1 - second_decay**steps)).sqrt()
         direction = first / (1 - first_decay**steps) / (root + self.eps)
-        rate = self.logits_per_lr * lr / reach.clamp_min(torch.finfo(reach.dtype).tiny)
+        rate = self.logits_per_lr * lr / torch.where(reach > 0, reach, torch.inf)
         return -rate * direction, Moments(first, second, steps)

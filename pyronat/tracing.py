@@ -14,7 +14,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.util import get_rng_state, set_rng_state
+from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
 
 from pyronat.dataflow import Dataflow
@@ -23,6 +23,11 @@ from pyronat.records import Plate, Run, SiteRecord
 
 Program: TypeAlias = Callable[..., Any]
 """A model or a guide."""
+
+_STATES = "enumerated states"
+
+ADDED_PLATES = frozenset({_STATES, "num_particles_vectorized"})
+"""Plates that are not the program's own."""
 
 
 def is_random(site: Mapping[str, Any]) -> bool:
@@ -123,6 +128,11 @@ def repeatable() -> Generator[Callable[[], None], None, None]:
             yield lambda: set_rng_state(state)
         finally:
             set_rng_state(state)
+
+
+def set_seed(seed: int) -> None:
+    """Seeds the generators of torch, numpy and Python."""
+    set_rng_seed(seed)
 
 
 def run_constant(
@@ -238,7 +248,7 @@ def run_on(
 
 def in_plate(program: Program, size: int, dim: int) -> Program:
     """The program inside one more plate, leftmost."""
-    return pyro.plate("enumerated states", size, dim=dim)(program)  # type: ignore[no-any-return]
+    return pyro.plate(_STATES, size, dim=dim)(program)  # type: ignore[no-any-return]
 
 
 def constant_samples() -> Messenger:

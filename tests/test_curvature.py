@@ -395,8 +395,18 @@ def test_curvatures_add_and_mix() -> None:
     assert mixed["a"].matrix is not None
     torch.testing.assert_close(mixed["a"].matrix, 1.5 * torch.eye(2)[None])
     torch.testing.assert_close(mixed["a"].leverage, torch.tensor([1.25]))
-    assert mixed["b"] is one and mixed["c"] is two
-    assert mix({"a": one}, {"a": two}, 0.0)["a"].leverage is one.leverage
+    # A block that one of them has not reached: no information there, but the known leverage.
+    for name, known, share in (("b", one, 0.75), ("c", two, 0.25)):
+        found = mixed[name]
+        assert found.matrix is not None and known.matrix is not None
+        torch.testing.assert_close(found.matrix, share * known.matrix)
+        assert torch.equal(found.leverage, known.leverage) and torch.equal(found.reach, known.reach)
+    assert torch.equal(mix({"a": one}, {"a": two}, 0.0)["a"].leverage, one.leverage)
+    partly = Curvature(None, torch.tensor([0.0, 2.0]), torch.tensor([1.0, 0.0]))
+    mixed_units = partly.mix(
+        Curvature(None, torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])), 0.5
+    )
+    assert mixed_units.leverage.tolist() == [3.0, 3.0] and mixed_units.reach.tolist() == [2.0, 4.0]
 
 
 def test_without_matrix() -> None:

@@ -2,9 +2,9 @@
 
 Two programs are analyzed, on one thread. The first one is the largest discrete network that comes
 with pgmpy, munin with 1041 nodes: its Markov blankets must be those that pgmpy finds in the same
-network. The second one is a sigmoid belief network with layers of 200, 200, 200 and 784 units: its parameters
-must fall into one block per unit. For the latter, the check of every training step whether the
-program took a known branch is timed against a step of Pyro's own SVI.
+network. The second one is a sigmoid belief network with layers of 200, 200, 200 and 784 units: its
+parameters must fall into one block per unit. For the latter, the check of every training step
+whether the program took a known branch is timed against a step of Pyro's own SVI.
 
 Run it as `python -m examples.benchmarks.structure`, or with `--quick` for small programs. It prints
 a table, and writes the numbers to a file if `--json` names one. The exit status is 1 if a structure

@@ -60,7 +60,7 @@ class Dataflow:
 
     def __init__(self, lattice: Lattice) -> None:
         self.lattice = lattice
-        self.escaped = torch.zeros(lattice.planes, dtype=torch.int64)
+        self.escaped = torch.zeros(lattice.planes, dtype=torch.int64, device="cpu")
         self.indexed_by_scalars = False
         self.watching = False
         self._memory: dict[int, _Mirror] = {}
@@ -115,7 +115,7 @@ class Dataflow:
         with self.paused():
             marked = [tensor for tensor in tensors if self.carries(tensor)]
             sets = [self.lattice.join_elements(self._read(tensor)) for tensor in marked]
-            nothing = torch.zeros(self.lattice.planes, dtype=torch.int64)
+            nothing = torch.zeros(self.lattice.planes, dtype=torch.int64, device="cpu")
             return self.lattice.join_many([nothing, *sets])
 
     def escape(self, *tensors: Tensor) -> None:
@@ -168,7 +168,7 @@ class Dataflow:
         planes = self.lattice.planes
         mirror = self._memory.get(_address(tensor)) if tensor.layout == torch.strided else None
         if mirror is None:
-            return torch.zeros(planes, *[1] * tensor.dim(), dtype=torch.int64).expand(
+            return torch.zeros(planes, *[1] * tensor.dim(), dtype=torch.int64, device="cpu").expand(
                 planes, *tensor.shape
             )
         if mirror.element_size != tensor.element_size():
@@ -213,7 +213,7 @@ class _Mirror:
         self.storage = tensor.untyped_storage()
         self.element_size = max(tensor.element_size(), 1)
         size = max(self.storage.nbytes() // self.element_size, 1)
-        self.labels = torch.zeros(planes, size, dtype=torch.int64)
+        self.labels = torch.zeros(planes, size, dtype=torch.int64, device="cpu")
 
     def view(self, tensor: Tensor) -> Tensor:
         return self.labels.as_strided(

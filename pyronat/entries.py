@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,9 @@ class EntryGroups(Lattice):
         self._steps: list[_Join | _Choice] = []
         self._chosen = torch.zeros(1024, dtype=torch.bool, device="cpu")
         self._within = torch.zeros(1024, dtype=torch.int64, device="cpu")
-        self._positions: dict[tuple[int, ...], int] = {}
+        self._positions: dict[tuple[Any, ...], int] = {}
+        # Indices are kept, so that another one never has the address of one that is gone.
+        self._alive: list[tuple[Tensor, ...]] = []
         self._num_positions = 1
 
     @property
@@ -75,7 +78,7 @@ class EntryGroups(Lattice):
 
     def new(self, count: int) -> Tensor:
         """New nodes, as for the entries of a parameter, `[count]`."""
-        nodes = torch.arange(self._count, self._count + count)
+        nodes = torch.arange(self._count, self._count + count, device="cpu")
         self._count += count
         if self._count > len(self._chosen):
             self._chosen = _grown(self._chosen, 2 * self._count)
@@ -107,7 +110,7 @@ class EntryGroups(Lattice):
             left, right = first[mixed], second[mixed]
             code = torch.minimum(left, right) * _SHIFT + torch.maximum(left, right)
             pairs, inverse = torch.unique(code, return_inverse=True)
-            parents = torch.arange(len(pairs)).repeat(2)
+            parents = torch.arange(len(pairs), device="cpu").repeat(2)
             children = torch.cat([pairs // _SHIFT, pairs % _SHIFT])
             joined[mixed] = self._joined(len(pairs), parents, children)[inverse]
         return joined.expand(shape)
@@ -126,7 +129,7 @@ class EntryGroups(Lattice):
         mixed = lowest != joined
         if bool(mixed.any()):
             rows = rows[mixed]
-            parents = torch.arange(len(rows)).unsqueeze(1).expand_as(rows)
+            parents = torch.arange(len(rows), device="cpu").unsqueeze(1).expand_as(rows)
             nonzero = rows != 0
             joined[mixed] = self._joined(len(rows), parents[nonzero], rows[nonzero])
         narrow = [1 if axis in axes else size for axis, size in enumerate(shadow.shape)]
@@ -146,10 +149,11 @@ class EntryGroups(Lattice):
         rest = [axis for axis in range(shadow.dim()) if axis not in axes]
         members = shadow.permute(*axes, *rest).reshape(_numel(shadow, axes), -1)
         sizes = [1 if axis in axes else size for axis, size in enumerate(shadow.shape)]
-        numbers = torch.arange(members.shape[1]).reshape(sizes).expand(shadow.shape)
+        numbers = torch.arange(members.shape[1], device="cpu").reshape(sizes).expand(shadow.shape)
         columns = self.move(numbers, selection.move).reshape(-1)
-        key = (*selection.key, *(shadow.shape[axis] for axis in axes))
+        key = (*map(_identity, selection.indices), *(shadow.shape[axis] for axis in axes))
         if key not in self._positions:
+            self._alive.append(selection.indices)
             self._positions[key] = self._num_positions
             self._num_positions += int(selection.positions.max()) + 1
         positions = selection.positions.reshape(-1) + self._positions[key]
@@ -204,24 +208,24 @@ class EntryGroups(Lattice):
 
     def _kinds(self) -> Tensor:
         """For each node the one position that all its choices share, 0 for none, else mixed."""
-        kinds = torch.zeros(self._count, dtype=torch.int64)
+        kinds = torch.zeros(self._count, dtype=torch.int64, device="cpu")
         for step in self._steps:
             if isinstance(step, _Choice):
                 kinds[step.nodes] = step.positions
                 continue
             found, places = kinds[step.children], step.parents - step.first
-            highest = torch.full((step.count,), _MIXED - 1).scatter_reduce_(
-                0, places, found, "amax"
-            )
-            lowest = torch.full((step.count,), _SHIFT).scatter_reduce_(0, places, found, "amin")
+            start = torch.full((step.count,), _MIXED - 1, device="cpu")
+            highest = start.scatter_reduce_(0, places, found, "amax")
+            start = torch.full((step.count,), _SHIFT, device="cpu")
+            lowest = start.scatter_reduce_(0, places, found, "amin")
             kind = torch.where(highest == lowest, highest, _MIXED)
             kinds[step.first : step.first + step.count] = kind
         return kinds
 
     def _reached(self, roots: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
         """Nodes contained in roots, and those of them that a mixed set contains."""
-        reached = torch.zeros(self._count, dtype=torch.bool)
-        mixed = torch.zeros(self._count, dtype=torch.bool)
+        reached = torch.zeros(self._count, dtype=torch.bool, device="cpu")
+        mixed = torch.zeros(self._count, dtype=torch.bool, device="cpu")
         reached[roots] = True
         for step in reversed(self._steps):
             if isinstance(step, _Join):
@@ -260,6 +264,19 @@ class EntryGroups(Lattice):
             nonzero = (left != 0) & (right != 0)
             edges.append(torch.stack([left[nonzero], right[nonzero]]))
         return edges
+
+
+def _identity(index: Tensor) -> tuple[int, ...]:
+    """What tells one index from another: its memory, how often it was written, and its values."""
+    values = index.detach().cpu().contiguous()
+    return (
+        int(index.untyped_storage()._cdata),
+        index._version,
+        index.storage_offset(),
+        *index.stride(),
+        *index.shape,
+        hash(values.numpy().tobytes()),
+    )
 
 
 def _grown(tensor: Tensor, size: int) -> Tensor:
@@ -311,7 +328,7 @@ def connected_components(count: int, edges: Sequence[Tensor]) -> Tensor:
     Returns:
         `[count]`.
     """
-    label = torch.arange(count)
+    label = torch.arange(count, device="cpu")
     if not edges:
         return label
     ends = torch.cat(list(edges), 1)

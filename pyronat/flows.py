@@ -114,11 +114,13 @@ def follow(
     """
     given = {name: value.detach() for name, value in (values or {}).items()}
     with quietly(), repeatable() as rewind:
+        # The first run may create parameters, and use up random numbers for them.
+        run_constant(program, args, kwargs, given)
+        rewind()
         run = run_constant(program, args, kwargs, given)
-        found = fingerprint(run.records, run.params)
         rewind()
         again = run_constant(program, args, kwargs, given)
-        if fingerprint(again.records, again.params) != found:
+        if fingerprint(again.records, again.params) != fingerprint(run.records, run.params):
             names = ", ".join(record.name for record in again.records)
             raise StructureChanged(
                 f"two runs on the same values and random numbers differ at the sites {names}; a "
@@ -255,21 +257,32 @@ def _follow_examples(
         flow.mark(record.value, _numbered_value(record, names))
 
     def see(record: SiteRecord) -> None:
-        batch = record.distribution.batch_shape
-        log_prob = record.distribution.log_prob(record.value)
-        if log_prob.shape != batch:
-            log_prob = log_prob.expand(batch)
-        origins = flow.shadow(log_prob)
-        own = _numbered(log_prob, [_plate_dim(record, name, 0) for name in names])
-        foreign = (origins != 0) & (origins != own)
-        sites[record.name].coupled = tuple(
-            plate.name
-            for plate in record.plates
-            if plate.name in names and bool(foreign[names.index(plate.name)].any())
-        )
+        log_prob = _log_prob(record)
+        with flow.paused():
+            origins = flow.shadow(log_prob)
+            own = _numbered(log_prob, [_plate_dim(record, name, 0) for name in names])
+            # A value that left for Python decides on all elements.
+            escaped = (flow.escaped != 0).reshape(-1, *[1] * log_prob.dim())
+            foreign = ((origins != 0) & (origins != own)) | escaped
+            sites[record.name].coupled = tuple(
+                plate.name
+                for plate in record.plates
+                if plate.name in names and bool(foreign[names.index(plate.name)].any())
+            )
         flow.mark(record.value, _numbered_value(record, names))
 
     call.followed(flow, see)
+
+
+def _log_prob(record: SiteRecord) -> Tensor:
+    """What the log-probability `[*batch]` of a site is computed from, if not itself."""
+    batch = record.distribution.batch_shape
+    try:
+        log_prob = record.distribution.log_prob(record.value)
+    except NotImplementedError:
+        everything = [t.sum() for t in distribution_tensors(record.distribution)]
+        log_prob = sum(everything, torch.zeros_like(record.value, dtype=torch.float64).sum())
+    return log_prob if log_prob.shape == batch else log_prob.expand(batch)
 
 
 def _numbered_value(record: SiteRecord, names: Sequence[str]) -> Tensor:

@@ -48,8 +48,8 @@ def selection(operation: Operation, read: Reader, lattice: Lattice) -> Tensor | 
     if not _marked(table_shadow):
         return shadow
     index_shadow = shadow if _marked(shadow) else None
-    key = tuple(part for index in indices for part in _identity(index))
-    return lattice.select(table_shadow, Selection(dims, move, places, index_shadow, key))
+    chosen = Selection(dims, move, places, index_shadow, tuple(indices))
+    return lattice.select(table_shadow, chosen)
 
 
 def _varying(
@@ -86,18 +86,6 @@ def _indexing(
     return (dim % max(table.dim(), 1),), [operation["index"]], lambda t: function(t, dim, index)
 
 
-def _identity(index: Tensor) -> tuple[int, ...]:
-    """What tells one index from another: its memory and its values."""
-    values = index.detach().cpu().contiguous()
-    return (
-        int(index.untyped_storage()._cdata),
-        index.storage_offset(),
-        *index.stride(),
-        *index.shape,
-        hash(values.numpy().tobytes()),
-    )
-
-
 def _marked(shadow: Tensor) -> bool:
     return bool((shadow != 0).any())
 
@@ -106,10 +94,7 @@ def scattering(operation: Operation, read: Reader, lattice: Lattice) -> Tensor |
     """Elements that stay, and values written at the positions that an index holds."""
     target = operation["self"]
     indices = tensors_in([operation[name] for name in ("index", "indices", "mask")])
-    source = next(
-        (operation[n] for n in ("src", "source", "values") if operation[n] is not None), None
-    )
-    sources = tensors_in(source)
+    sources = tensors_in([operation[name] for name in ("src", "source", "values", "value")])
     if lattice.follows_positions and not any(_marked(read(index)) for index in indices):
         try:
             return _scattered(operation, read, lattice, sources)

@@ -30,14 +30,14 @@ class Selection:
         positions: number of the position in the index that each output element is read by, of the
             output's shape.
         index: shadow of the index laid along the output, or None if it depends on nothing.
-        key: identity of the index values: equal keys choose alike.
+        indices: the tensors that hold the positions.
     """
 
     dims: tuple[int, ...]
     move: Movement
     positions: Tensor
     index: Tensor | None
-    key: tuple[int, ...]
+    indices: tuple[Tensor, ...]
 
 
 class Lattice(ABC):
@@ -100,7 +100,7 @@ class LabelSets(Lattice):
     def of(self, label: str) -> Tensor:
         """The set of one label, `[planes]`."""
         plane, bit = self._places[label]
-        code = torch.zeros(self.planes, dtype=torch.int64)
+        code = torch.zeros(self.planes, dtype=torch.int64, device="cpu")
         code[plane] = 1 << bit
         return code
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import accumulate, chain, combinations
 from math import prod
 from typing import Literal
 
@@ -128,7 +128,8 @@ def _units_of(group: Mapping[str, Tensor]) -> list[tuple[tuple[str, ...], Units]
         return [(names, UnitAxes(axes))]
     flat = torch.cat([number.reshape(-1) for number in group.values()])
     owner = torch.cat([
-        torch.full((number.numel(),), index) for index, number in enumerate(group.values())
+        torch.full((number.numel(),), index, device="cpu")
+        for index, number in enumerate(group.values())
     ])
     order = torch.argsort(flat, stable=True)
     order = order[flat[order] >= 0]
@@ -137,7 +138,7 @@ def _units_of(group: Mapping[str, Tensor]) -> list[tuple[tuple[str, ...], Units]
     for positions in order.split(lengths):
         params = tuple(owner[positions].unique().tolist())
         found[params, len(positions)].append(positions.tolist())
-    starts = torch.tensor([0, *(number.numel() for number in group.values())]).cumsum(0).tolist()
+    starts = list(accumulate((number.numel() for number in group.values()), initial=0))
     lists: list[tuple[tuple[str, ...], Units]] = []
     for (params, _), entries in found.items():
         local, start = {}, 0

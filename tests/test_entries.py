@@ -85,6 +85,10 @@ class Reference:
         return frozenset(map(frozenset, nx.connected_components(graph)))
 
 
+INDICES = [torch.full((1,), key) for key in range(200)]
+"""Index tensors: the same one chooses alike."""
+
+
 def components(lattice: EntryGroups, roots: Sequence[int], entries: Sequence[int]) -> Partition:
     numbers, reached = lattice.components(torch.tensor(roots))
     groups: dict[int, set[int]] = {}
@@ -141,7 +145,7 @@ class Followed:
             move=lambda plane: plane[chosen],
             positions=torch.arange(count).unsqueeze(1).expand(count, columns),
             index=own,
-            key=(key,),
+            indices=(INDICES[key],),
         )
         found = self.lattice.select(table.unsqueeze(0), selection)
         assert found.shape == (1, count, columns)
@@ -360,7 +364,7 @@ def test_a_choice_out_of_choices_is_all_of_them() -> None:
             lambda plane: plane[place],
             torch.arange(2).reshape(2, 1).expand(2, 2),
             None,
-            (key,),
+            (INDICES[key],),
         )
 
     once = lattice.select(table, selection(1))
@@ -573,8 +577,8 @@ def test_what_is_read_at_positions(name: str) -> None:
     lattice, make = LATTICES[name]
     table, index = make(3, 4, 2), make(4, 3, 2)
     place = torch.tensor([0, 3, 3])
-    fixed = Selection((0,), lambda plane: plane[place], torch.zeros(3, 2), None, (0,))
+    fixed = Selection((0,), lambda plane: plane[place], torch.zeros(3, 2), None, (INDICES[0],))
     assert torch.equal(lattice.select(table, fixed), table[:, place])
-    varying = Selection((0,), lambda plane: plane[place], torch.zeros(3, 2), index, (0,))
+    varying = Selection((0,), lambda plane: plane[place], torch.zeros(3, 2), index, (INDICES[0],))
     anywhere = lattice.join_along(table, (0,))
     assert torch.equal(lattice.select(table, varying), lattice.join(anywhere, index))

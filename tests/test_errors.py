@@ -208,7 +208,7 @@ TABLE = (
     Row(errors.NotPositiveDefinite, indefinite, ("1 of 1", "size 2", "raise the damping")),
     Row(errors.NotPositiveDefinite, indefinite_block, ("block of loc", "damping")),
     Row(errors.StructureChanged, other_shape, ("loc", "keep the shapes")),
-    Row(errors.StructureChanged, restless, ("x1", "from call to call")),
+    Row(errors.StructureChanged, restless, ("at the sites x", "from call to call")),
     Row(errors.StockSVI, stock, ("pyro.infer.SVI", "pyronat.NaturalSVI(")),
     Row(errors.InvalidData, nan_data, ("NaN",)),
     Row(errors.InvalidData, empty_batch, ("batch is empty",)),

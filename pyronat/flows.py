@@ -23,7 +23,14 @@ from pyronat.fingerprint import fingerprint
 from pyronat.lattices import LabelSets, Origins
 from pyronat.partition import UNKNOWN_FAMILY
 from pyronat.records import Run, SiteRecord, distribution_tensors
-from pyronat.tracing import Program, quietly, repeatable, run_constant, run_followed
+from pyronat.tracing import (
+    Program,
+    quietly,
+    repeatable,
+    run_constant,
+    run_followed,
+    stored_parameters,
+)
 
 Labels = frozenset[str]
 
@@ -114,11 +121,13 @@ def follow(
     """
     given = {name: value.detach() for name, value in (values or {}).items()}
     with quietly(), repeatable() as rewind:
-        # The first run may create parameters, and use up random numbers for them.
-        run_constant(program, args, kwargs, given)
-        rewind()
+        stored = stored_parameters()
         run = run_constant(program, args, kwargs, given)
         rewind()
+        if stored != stored_parameters():
+            # Random numbers were used up to create parameters.
+            run = run_constant(program, args, kwargs, given)
+            rewind()
         again = run_constant(program, args, kwargs, given)
         if fingerprint(again.records, again.params) != fingerprint(run.records, run.params):
             names = ", ".join(record.name for record in again.records)

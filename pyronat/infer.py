@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
@@ -26,7 +25,13 @@ from pyronat.loss_traces import watch_traces
 from pyronat.optim import NaturalGradient, Proposal, restore, state_of
 from pyronat.programs import MAX_BRANCHES, KnownProgram, UnknownStructure, know, learn
 from pyronat.sides import Role, Side
-from pyronat.tracing import own_random_numbers, params_of, random_state, set_random_state
+from pyronat.tracing import (
+    own_random_numbers,
+    params_of,
+    random_state,
+    set_random_state,
+    stored_parameters,
+)
 
 MAX_REJECTED = 3
 """Rejected steps in a row after which training stops with an error."""
@@ -195,12 +200,12 @@ class NaturalSVI:
         Random numbers are used up only if parameters are created, so that their initial values are
         those of stock SVI and independent of the first draws, and resuming disturbs nothing.
         """
-        stored = set(pyro.get_param_store().keys())
+        stored = stored_parameters()
         with torch.random.fork_rng(), poutine.block(), torch.no_grad():
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
             poutine.replay(self.model, trace=guide_trace)(*args, **kwargs)
             after = random_state()
-        if stored != set(pyro.get_param_store().keys()):
+        if stored != stored_parameters():
             set_random_state(after)
         model, guide = know(self.model, args, kwargs), know(self.guide, args, kwargs)
         self._check_simulable(model)

@@ -79,6 +79,11 @@ def params_of(trace: poutine.Trace) -> dict[str, Tensor]:
     return dict(sorted(leaves.items()))
 
 
+def stored_parameters() -> frozenset[str]:
+    """Names of all parameters in Pyro's store."""
+    return frozenset(pyro.get_param_store().keys())
+
+
 class _Outermost(Messenger):
     """Decides a site's value last, when its distribution is already expanded by the plates."""
 

@@ -107,9 +107,7 @@ class Program:
 
     def _run(self, tape: Tape) -> None:
         h = tape.floats(tape.rng.randint(2, 3), tape.rng.randint(2, 4))
-        # Entries that can be told apart come first, one for each element or column.
-        shape = tape.choose([tuple(h.shape), (h.shape[1],), None])
-        first = tape.grow(h if shape is None else h * tape.param(*shape))
+        first = tape.grow(h)
         value = tape.site("first", first)
         if self.chain is None and tape.rng.random() < 0.4:
             if value.dtype == torch.long:
@@ -125,7 +123,8 @@ def random_program(seed: int, chain: Sequence[str] | None = None) -> Program:
 
     Args:
         seed: determines everything.
-        chain: operations to use instead of random ones, on plain weights and for one site.
+        chain: operations to use instead of random ones, on plain weights and for one site of
+            scalar coordinates.
     """
     pyro.clear_param_store()
     program = Program(seed, None if chain is None else tuple(chain))
@@ -237,6 +236,7 @@ class Tape:
         chain = self.program.chain
         if chain is None:
             chain = [self.choose(sorted(OPERATIONS)) for _ in range(self.choose(LENGTHS))]
+            chain = [*self.choose([[], ["by_columns"], ["by_elements"]]), *chain]
         rows = len(h)
         for name in chain:
             self.operations.append(name)
@@ -250,7 +250,8 @@ class Tape:
 
     def site(self, name: str, h: Tensor) -> Tensor:
         """Draws a site whose distribution is computed from h; its value."""
-        family = self.choose(sorted(FAMILIES) if self.rng.random() < 0.3 else SCALAR_FAMILIES)
+        any_family = self.program.chain is None and self.rng.random() < 0.3
+        family = self.choose(sorted(FAMILIES) if any_family else SCALAR_FAMILIES)
         self.families.append(family)
         distribution, coordinates = FAMILIES[family](self, h)
         self.coordinates += coordinates
@@ -432,6 +433,16 @@ def mixture(tape: Tape, h: Tensor) -> Tensor:
 
 
 # Elementwise
+
+
+@keeps_shape
+def by_columns(tape: Tape, h: Tensor) -> Tensor:
+    return h * tape.param(h.shape[1])
+
+
+@keeps_shape
+def by_elements(tape: Tape, h: Tensor) -> Tensor:
+    return h * tape.param(*h.shape)
 
 
 @keeps_shape
@@ -1427,6 +1438,10 @@ def lower_cholesky(tape: Tape, h: Tensor) -> Tensor:
     return F.linear(h, tape.param(n, n, constraint=constraints.lower_cholesky))
 
 
+ALONE = [chain for name in sorted(OPERATIONS) for chain in ([name], ["by_elements", name])]
+"""Chains of one operation each, also after parameters that can be told apart."""
+
+
 # --- families ----------------------------------------------------------------------------------
 
 
@@ -1702,7 +1717,7 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("error")
     seeds = range(options.first_seed, options.first_seed + (options.alone or options.programs))
-    chains = [[name] for name in sorted(OPERATIONS)] if options.alone else [None]
+    chains = ALONE if options.alone else [None]
     start = time.perf_counter()
     verdicts = [
         check(random_program(seed, chain), options.draws) for chain in chains for seed in seeds

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from random_programs import (
+    ALONE,
     OPERATIONS,
     Verdict,
     check,
@@ -20,8 +21,6 @@ from random_programs import (
 
 import pyronat
 
-ALONE = 2 * sorted(OPERATIONS)
-"""One operation each."""
 PROGRAMS, CHUNK = len(ALONE) + 110, 48
 MIN_FINEST = 0.6
 """Least share of programs whose partition is the finest one."""
@@ -30,7 +29,7 @@ MIN_OPERATIONS = 48
 
 @cache
 def verdict(seed: int) -> Verdict:
-    return check(random_program(seed, ALONE[seed : seed + 1] or None))
+    return check(random_program(seed, ALONE[seed] if seed < len(ALONE) else None))
 
 
 @pytest.mark.parametrize("first", range(0, PROGRAMS, CHUNK))

@@ -21,8 +21,8 @@ from random_programs import (
 
 import pyronat
 
-PROGRAMS, CHUNK = len(ALONE) + 110, 48
-MIN_FINEST = 0.6
+PROGRAMS, CHUNK = len(ALONE) + 90, 58
+MIN_FINEST = 0.75
 """Least share of programs whose partition is the finest one."""
 MIN_OPERATIONS = 48
 
@@ -75,7 +75,7 @@ def test_a_wrong_partition_is_caught() -> None:
     """One block of the finest partition is split at random, and judged by draws of their own."""
     generator = torch.Generator().manual_seed(0)
     caught = tried = 0
-    for seed in range(60):
+    for seed in range(50):
         program = random_program(seed)
         found = torch.cat([dependence(program) for _ in range(6)])
         blocks = finest_partition(found)
@@ -89,7 +89,7 @@ def test_a_wrong_partition_is_caught() -> None:
         fresh = torch.cat([dependence(program) for _ in range(6)])
         tried += 1
         caught += bool(split_rows(fresh, wrong).any())
-    assert tried > 30
+    assert tried > 25
     assert caught > 0.9 * tried
 
 

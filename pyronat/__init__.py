@@ -4,7 +4,7 @@ from pyronat import steps, testing
 from pyronat.analysis import analyze
 from pyronat.blocks import ParamBlock
 from pyronat.errors import PyronatError
-from pyronat.geometry import Euclidean, Full
+from pyronat.geometry import Euclidean, Full, Visible
 from pyronat.graph import BayesNet, District, Site
 from pyronat.infer import NaturalSVI, StepInfo
 from pyronat.optim import NaturalGradient
@@ -24,6 +24,7 @@ __all__ = [
     "ReweightedWakeSleep",
     "Site",
     "StepInfo",
+    "Visible",
     "analyze",
     "fisher",
     "steps",

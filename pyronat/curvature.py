@@ -190,8 +190,7 @@ class Factor:
     Attributes:
         block: name of the block.
         record: the site in that run.
-        fisher: Fisher information of the family `[*batch, size, size]`.
-        bound: largest Fisher weight `[*batch]` or scalar, or None where unbounded.
+        group: the coordinates of its family that the block is reached through.
         units: number of linear units, or 1.
         inputs: inputs of linear units `[rows, fan_in]`, in the order of the block, or None.
         slope: ∂θ/∂(preactivation) `[repeats * rows, units]`, or None where it is 1.
@@ -200,12 +199,21 @@ class Factor:
 
     block: str
     record: SiteRecord
-    fisher: Tensor
-    bound: Tensor | float | None
+    group: Group
     units: int
     inputs: Tensor | None = None
     slope: Tensor | None = None
     jacobian: Tensor | None = None
+
+    @property
+    def fisher(self) -> Tensor:
+        """Fisher information of the family `[*batch, size, size]`."""
+        return self.group.fisher
+
+    @property
+    def bound(self) -> Tensor | float | None:
+        """Largest Fisher weight `[*batch]` or scalar, or None where unbounded."""
+        return self.group.bound
 
     def curvature(self, weights: Tensor, with_matrix: bool = True) -> Curvature:
         """Σ_n w_n J_nᵀ F_n J_n with its leverage and reach.
@@ -376,9 +384,7 @@ def _factors(
         StructureChanged: if linear units are not those of the plan.
     """
     names = plan.blocks_of[record.name, group.name]
-    factors = [
-        Factor(name, record, group.fisher, group.bound, plan.blocks[name].count) for name in names
-    ]
+    factors = [Factor(name, record, group, plan.blocks[name].count) for name in names]
     first = plan.blocks[names[0]]
     if first.linear[first.factors.index((record.name, group.name))]:
         units = linear_units(group.coordinates[0], gate)

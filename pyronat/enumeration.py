@@ -25,15 +25,27 @@ class WeightedRun:
 
     Attributes:
         run: the run; where states are stacked, all batch shapes begin with them.
-        probabilities: of the stacked states `[states]`, or of the one state `[]`.
+        probabilities: of the stacked states, or of the one state, `[states or 1, *nesting]`, one
+            for each element of plates that share states, 1 along all other dimensions.
+        stacked: whether the run has all states.
     """
 
     run: Run
     probabilities: Tensor
+    stacked: bool
+
+    def along(self, shape: Sequence[int]) -> Tensor:
+        """Probabilities along a batch shape of the run."""
+        own = self.probabilities if self.stacked else self.probabilities[0]
+        return own.reshape(own.shape[max(own.dim() - len(shape), 0) :])
 
 
 def enumerate_parents(
-    program: Program, args: Sequence[Any], kwargs: Mapping[str, Any], parents: frozenset[str]
+    program: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    parents: frozenset[str],
+    shared: frozenset[str] = frozenset(),
 ) -> list[WeightedRun]:
     """Runs a program on all joint values of some discrete sites.
 
@@ -45,6 +57,8 @@ def enumerate_parents(
         args: its arguments.
         kwargs: its keyword arguments.
         parents: the sites to enumerate; all others are integrated by their families.
+        shared: plates around all sites whose elements are independent; they take the same states
+            all at once, each element with the probabilities that they have there.
 
     Returns:
         One run with all states, or one for each state.
@@ -54,8 +68,9 @@ def enumerate_parents(
     """
     with quietly(), torch.random.fork_rng():
         prototype = dream(program, args, kwargs).records
-        cells = [_cells(record) for record in prototype if record.name in parents]
-        states = prod(len(support) ** count for support, count in cells)
+        dims = _dims_of(prototype, shared)
+        cells = [_cells(record, dims) for record in prototype if record.name in parents]
+        states = prod(len(support) ** prod(shape) for support, shape in cells)
         if states > MAX_STATES:
             raise NotEnumerable(
                 f"{', '.join(sorted(parents))} have {states} joint states, at most {MAX_STATES} "
@@ -63,18 +78,18 @@ def enumerate_parents(
             )
         values = _joint_values(prototype, parents, cells, states)
         rng = torch.random.get_rng_state()
+        nesting = max((len(r.distribution.batch_shape) for r in prototype), default=0)
 
         def run_state(state: int) -> WeightedRun:
             torch.random.set_rng_state(rng)
             run = run_on(program, args, kwargs, {name: v[state] for name, v in values.items()})
-            return WeightedRun(run, _joint_log_prob(run, parents, ()).exp())
+            return WeightedRun(run, _joint_log_prob(run, parents, nesting, dims, 1).exp(), False)
 
         try:
             torch.random.set_rng_state(rng)
-            nesting = max((len(r.distribution.batch_shape) for r in prototype), default=0)
             stacked = _run_stacked(program, args, kwargs, prototype, values, states, nesting)
-            probabilities = _joint_log_prob(stacked, parents, (states,)).exp()
-            runs = [WeightedRun(stacked, probabilities)]
+            log_prob = _joint_log_prob(stacked, parents, nesting, dims, states)
+            runs = [WeightedRun(stacked, log_prob.exp(), True)]
             broadcasts = all(
                 _same_row(stacked, run_state(state).run, state, states)
                 for state in {states // 2, states - 1}
@@ -83,14 +98,20 @@ def enumerate_parents(
             broadcasts = False
         if not broadcasts:
             runs = [run_state(state) for state in range(states)]
-    mass = float(torch.stack([run.probabilities.sum() for run in runs]).sum())
-    if abs(mass - 1) > 1e-4:
+    mass = torch.stack([run.probabilities.sum(0) for run in runs]).sum(0)
+    if float((mass - 1).abs().max()) > 1e-4:
         raise NotEnumerable(
-            f"the probabilities of all states of {', '.join(sorted(parents))} sum to {mass:.6g}, "
-            "not to 1: a parent is masked, its support depends on other sites, or branches have "
-            "parents of their own; use Full(expectation='model') or 'pooled'"
+            f"the probabilities of all states of {', '.join(sorted(parents))} sum to "
+            f"{float(mass.flatten()[0]):.6g}, not to 1: a parent is masked, its support depends on "
+            "other sites, or branches have parents of their own; use Full(expectation='model') or "
+            "'pooled'"
         )
     return runs
+
+
+def _dims_of(records: Sequence[SiteRecord], names: frozenset[str]) -> frozenset[int]:
+    """Batch dimensions of some plates."""
+    return frozenset(p.dim for record in records for p in record.plates if p.name in names)
 
 
 def _run_stacked(
@@ -110,14 +131,19 @@ def _run_stacked(
     return run_on(in_plate(program, states, -1 - nesting), args, kwargs, padded)
 
 
-def _joint_log_prob(run: Run, parents: frozenset[str], shape: tuple[int, ...]) -> Tensor:
-    """Log-probability of the enumerated values, one for each stacked state."""
-    parts = [
-        record.distribution.log_prob(record.value).detach().reshape(*shape, -1).sum(-1)
-        for record in run.records
-        if record.name in parents
-    ]
-    return torch.stack(parts).sum(0) if parts else torch.zeros(shape)
+def _joint_log_prob(
+    run: Run, parents: frozenset[str], nesting: int, dims: frozenset[int], states: int
+) -> Tensor:
+    """Log-probability of the enumerated values `[states, *nesting]`, summed but over `dims`."""
+    total = torch.zeros(states, *[1] * nesting)
+    for record in run.records:
+        if record.name in parents:
+            log_prob = record.distribution.log_prob(record.value).detach()
+            shape = log_prob.shape[-nesting:] if nesting else ()
+            log_prob = log_prob.reshape(states, *[1] * (nesting - len(shape)), *shape)
+            summed = [dim for dim in range(-nesting, 0) if dim not in dims]
+            total = total + (log_prob.sum(summed, keepdim=True) if summed else log_prob)
+    return total
 
 
 def _same_row(stacked: Run, single: Run, state: int, states: int) -> bool:
@@ -135,14 +161,15 @@ def _same_row(stacked: Run, single: Run, state: int, states: int) -> bool:
     return True
 
 
-def _cells(record: SiteRecord) -> tuple[Tensor, int]:
-    """The support of one element of a site, and the number of elements.
+def _cells(record: SiteRecord, dims: frozenset[int]) -> tuple[Tensor, tuple[int, ...]]:
+    """The support of one element of a site, and the elements that have states of their own.
 
     Args:
         record: the site in a prototype run.
+        dims: batch dimensions of the distribution along which all elements share a state.
 
     Returns:
-        Values `[values, *event]`, and how many elements the site has.
+        Values `[values, *event]`, and the shape of the elements `[*base_batch]`, 1 along `dims`.
 
     Raises:
         NotEnumerable: if the support is infinite.
@@ -156,24 +183,29 @@ def _cells(record: SiteRecord) -> tuple[Tensor, int]:
             "values; use Full(expectation='model') or 'pooled'"
         ) from error
     support = support.reshape(len(support), *base.event_shape)
-    return support, record.value.numel() // max(prod(base.event_shape), 1)
+    event = len(base.event_shape)
+    shape = record.value.shape[: record.value.dim() - event]
+    joined = len(shape) - len(record.distribution.batch_shape)
+    places = {len(shape) - joined + dim for dim in dims}
+    return support, tuple(1 if i in places else size for i, size in enumerate(shape))
 
 
 def _joint_values(
     records: Sequence[SiteRecord],
     parents: frozenset[str],
-    cells: Sequence[tuple[Tensor, int]],
+    cells: Sequence[tuple[Tensor, tuple[int, ...]]],
     states: int,
 ) -> dict[str, Tensor]:
     """All joint values: for each parent `[states, *batch, *event]`."""
     index = torch.arange(states)
     values = {}
     enumerated = [record for record in records if record.name in parents]
-    for record, (support, count) in zip(enumerated, cells, strict=True):
+    for record, (support, shape) in zip(enumerated, cells, strict=True):
         digits = []
-        for _ in range(count):
+        for _ in range(prod(shape)):
             digits.append(index % len(support))
             index = index // len(support)
         chosen = support[torch.stack(digits, 1).to(support.device)]
-        values[record.name] = chosen.reshape(states, *record.value.shape)
+        chosen = chosen.reshape(states, *shape, *support.shape[1:])
+        values[record.name] = chosen.expand(states, *record.value.shape)
     return values

@@ -70,14 +70,20 @@ def exact_curvature(
     parents = frozenset(site.name for site in net.sites if net.children(site.name))
     check_simulable(net)
     contributions = []
-    for weighted in enumerate_parents(program, args, kwargs, parents):
-        probabilities, run = weighted.probabilities, weighted.run
+    for weighted in enumerate_parents(program, args, kwargs, parents, common_plates(net)):
+        run = weighted.run
         plan.program.check(run.records, run.params)
         for factor in observe(run.records, plan, run.params):
-            batch = len(factor.record.distribution.batch_shape)
-            weights = probabilities.reshape(-1, *[1] * (batch - 1)) if batch else probabilities
+            weights = weighted.along(factor.record.distribution.batch_shape)
             contributions.append((factor, weights * factor.record.base_weights()))
     return total_curvature(contributions)
+
+
+def common_plates(net: BayesNet) -> frozenset[str]:
+    """Plates around all sites whose elements are independent given the parameters."""
+    coupled = {plate for site in net.sites for plate in site.coupled_plates}
+    plates = [set(site.plates) for site in net.sites]
+    return frozenset(plates[0].intersection(*plates) - coupled) if plates else frozenset()
 
 
 def posterior_curvature(

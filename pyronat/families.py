@@ -36,6 +36,8 @@ class Group:
         measure: computes `fisher`.
         event_dim: number of event dimensions of the coordinates.
         bound: largest Fisher weight a coordinate can attain, or None where it is unbounded.
+        closed_score: value `[*batch, *event]` → ∂ log p / ∂ coordinates in closed form, one tensor
+            for each coordinate, where the log density does not use the coordinates themselves.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Group:
     measure: Callable[[], Tensor]
     event_dim: int = 0
     bound: Tensor | float | None = None
+    closed_score: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
     @cached_property
     def fisher(self) -> Tensor:
@@ -72,6 +75,34 @@ class Peeled:
 
     base: dist.Distribution
     mask: Tensor | bool | None
+
+
+def score(distribution: dist.Distribution, name: str, value: Tensor) -> Tensor:
+    """Score of a family in the coordinates of one of its groups, ∂ log p(x; θ) / ∂θ.
+
+    Args:
+        distribution: a peeled distribution, whose batch shape is that of the value.
+        name: name of the group.
+        value: x `[*batch, *event]`.
+
+    Returns:
+        Score `[*batch, size]` in nats per unit of each coordinate, detached; 0 in coordinates
+        that do not depend on parameters.
+    """
+    group = next(group for group in groups(distribution) if group.name == name)
+    if group.closed_score is not None:
+        with torch.no_grad():
+            parts = group.closed_score(value)
+    else:
+        log_prob = distribution.log_prob(value).sum()
+        attached = [part for part in group.coordinates if part.requires_grad]
+        found = iter(torch.autograd.grad(log_prob, attached, retain_graph=True))
+        parts = tuple(
+            next(found) if part.requires_grad else torch.zeros_like(part)
+            for part in group.coordinates
+        )
+    shape = distribution.batch_shape
+    return torch.cat([part.detach().reshape(*shape, -1) for part in parts], -1)
 
 
 def peel(distribution: dist.Distribution) -> Peeled:
@@ -198,7 +229,15 @@ def _beta(d: dist.Beta) -> tuple[Group, ...]:
         total = _trigamma(sum(coordinates, torch.zeros_like(coordinates[0])))
         return _diagonal(*map(_trigamma, coordinates)) - total[..., None, None]
 
-    return (Group("concentration1, concentration0", coordinates, fisher),)
+    def closed_score(x: Tensor) -> tuple[Tensor, ...]:
+        total = torch.digamma(coordinates[0] + coordinates[1])
+        logs = x.log(), torch.log1p(-x)
+        return tuple(
+            log + total - torch.digamma(a) for a, log in zip(coordinates, logs, strict=True)
+        )
+
+    name = "concentration1, concentration0"
+    return (Group(name, coordinates, fisher, closed_score=closed_score),)
 
 
 def _trigamma(x: Tensor) -> Tensor:
@@ -227,9 +266,13 @@ def _multivariate_normal(d: dist.MultivariateNormal) -> tuple[Group, ...]:
         found = found * lower[:, :, None, None] * lower
         return found.flatten(-4, -3).flatten(-2, -1)
 
+    def closed_score(x: Tensor) -> tuple[Tensor, ...]:
+        standard = inverse() @ (x - d.loc).unsqueeze(-1)
+        return ((inverse().mT @ standard @ standard.mT - inverse() * eye).tril(),)
+
     return (
         Group("loc", (d.loc,), precision, 1),
-        Group("scale_tril", (factor,), fisher, 2),
+        Group("scale_tril", (factor,), fisher, 2, closed_score=closed_score),
     )
 
 

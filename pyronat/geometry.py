@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
+
+from pyronat.steps import LevenbergMarquardt
 
 Source: TypeAlias = Literal["dreams", "posterior", "exact"]
 """Where the parents of a site come from when its Fisher information is averaged."""
@@ -69,6 +72,88 @@ class Full(Geometry):
     def sources(self) -> dict[Source, float]:
         """Shares of the expectations."""
         return dict(_SOURCES[self.expectation])
+
+
+Posterior: TypeAlias = Literal["guide", "enumerate", "exact"]
+
+Estimator: TypeAlias = Literal["auto", "direct", "subtractive", "observed"]
+
+
+@dataclass(frozen=True)
+class Visible(Geometry):
+    """The visible geometry, regularized by the full one: how p(v; ξ) moves (Ay, Sec. 3 and 4).
+
+    A_ρ = (1 − ρ) G_V + ρ G with G_V = E_v[s_V s_Vᵀ] and s_V(v) = E_{p(h|v)}[∇ log p(v, h)], as a
+    correction of the local blocks of G within each district. Families without hidden members keep
+    their exact local block. ρ = 1 is the full geometry; where the posterior is known badly, the
+    estimates below fall back to it by themselves.
+
+    Attributes:
+        mixing: ρ, a schedule from step number to ρ, or a rule that adapts it:
+            `steps.LevenbergMarquardt`, for losses without noise.
+        posterior: where p(h|v) comes from,
+
+            - "guide": weighted guide draws, the dream's own h among them;
+            - "enumerate": exactly, by enumeration of the discrete hidden sites with variable
+              elimination, for each dream;
+            - "exact": the same for all joint values of visible and hidden sites, instead of
+              dreams: the oracle for small nets.
+        num_particles: hidden values K for each dream, its own included, with "guide".
+        num_dreams: dreams behind each estimate. By default those of one run of the model, one for
+            each element of independent plates, but at least 200 and at most 100 for each parameter
+            entry of the district.
+        estimator: how dreams are used,
+
+            - "direct": G_V from the scores s_V, good where dreams outnumber parameters;
+            - "subtractive": G − E_v Cov[s | v], which keeps G where no dream has looked;
+            - "auto": direct with at least 10 dreams for each parameter, averages over refreshes
+              included, else subtractive;
+            - "observed": no dreams but the Hessian of the loss, −∇² log p(v) at the data, for
+              singular optima; the loss must be exact.
+        full: the full geometry that is mixed in. By default `Full("exact")` for "exact",
+            `Full("model")` for "enumerate", else `Full()`.
+    """
+
+    mixing: float | Callable[[int], float] | LevenbergMarquardt = 0.1
+    num_particles: int = 10
+    num_dreams: int | None = None
+    posterior: Posterior = "guide"
+    estimator: Estimator = "auto"
+    full: Full | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the options.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        if self.posterior not in get_args(Posterior):
+            raise ValueError(
+                f"posterior must be one of {', '.join(get_args(Posterior))}, not {self.posterior!r}"
+            )
+        if self.estimator not in get_args(Estimator):
+            raise ValueError(
+                f"estimator must be one of {', '.join(get_args(Estimator))}, not {self.estimator!r}"
+            )
+        if isinstance(self.mixing, (int, float)) and not 0 <= self.mixing <= 1:
+            raise ValueError(f"mixing is a share between 0 and 1, not {self.mixing}")
+        if self.num_particles < 2:
+            raise ValueError(f"num_particles must be at least 2, not {self.num_particles}")
+        if self.num_dreams is not None and self.num_dreams < 1:
+            raise ValueError(f"num_dreams must be at least 1, not {self.num_dreams}")
+
+    @property
+    def regularizer(self) -> Full:
+        """The full geometry that is mixed in."""
+        if self.full is not None:
+            return self.full
+        defaults = {"exact": Full("exact"), "enumerate": Full("model"), "guide": Full()}
+        return defaults[self.posterior]
+
+    @property
+    def sources(self) -> dict[Source, float]:
+        """Shares of the expectations of the full geometry."""
+        return self.regularizer.sources
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,24 +13,19 @@ from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from pyronat.curvature import Curvature, mix
-from pyronat.errors import InvalidData, NonFiniteStep, StructureChanged
-from pyronat.expectation import LossObserver, check_simulable, dream_curvature, exact_curvature
-from pyronat.geometry import Full
+from pyronat.errors import InvalidData, NonFiniteStep, PyronatError, StructureChanged
+from pyronat.expectation import LossObserver, check_simulable
+from pyronat.geometry import Visible
 from pyronat.graph import BayesNet
+from pyronat.guards import all_finite, explained
 from pyronat.loss_traces import watch_traces
 from pyronat.optim import NaturalGradient, Proposal, restore, state_of
 from pyronat.programs import MAX_BRANCHES, KnownProgram, UnknownStructure, know, learn
+from pyronat.refresh import Call, Meter
 from pyronat.sides import Role, Side
-from pyronat.tracing import (
-    own_random_numbers,
-    params_of,
-    random_state,
-    set_random_state,
-    stored_parameters,
-)
+from pyronat.steps import Caution
+from pyronat.tracing import params_of, random_state, set_random_state, stored_parameters
 
 MAX_REJECTED = 3
 """Rejected steps in a row after which training stops with an error."""
@@ -53,7 +47,12 @@ class StepInfo:
         damping: mean λ over units.
         jitter: largest diagonal added to factor a block, beyond the damping.
         mixing: share of the full geometry in the metric of the model; 1 for `Full`.
+        missing: largest share of information that hiding takes away in any direction, as the
+            metric has it, or None where no visible geometry was measured.
+        tries: steps that were tried; more than 1 where an adaptive rule undid some.
         ess: mean effective sample size of the importance weights, or None.
+        dream_ess: 10 %, 50 % and 90 % quantiles of the effective sample size of the particles of
+            each dream at the last refresh, or None.
         refreshed: whether curvature was measured.
         seconds: wall-clock time of the step.
     """
@@ -69,9 +68,33 @@ class StepInfo:
     damping: float
     jitter: float
     mixing: float
+    missing: float | None
+    tries: int
     ess: float | None
+    dream_ess: tuple[float, float, float] | None
     refreshed: bool
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """The outcome of one gradient.
+
+    Attributes:
+        proposal: the step, or None if there is none.
+        accepted: whether it was taken.
+        caution: state of the adaptive rule afterwards.
+        used: state of the adaptive rule that the step was made with.
+        tries: steps that were tried.
+        finite: whether the loss, the gradient and one of the steps were finite.
+    """
+
+    proposal: Proposal | None
+    accepted: bool
+    caution: Caution
+    used: Caution
+    tries: int
+    finite: bool
 
 
 class NaturalSVI:
@@ -120,6 +143,7 @@ class NaturalSVI:
         self._analyzed = False
         self.info: StepInfo | None = None
         self._rejected = 0
+        self._dream_ess: Tensor | None = None
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Estimate of the loss in nats; nothing is changed."""
@@ -144,47 +168,134 @@ class NaturalSVI:
         """
         start = time.perf_counter()
         if not self._analyzed:
-            with _explained(args, kwargs):
+            with explained(args, kwargs):
                 self._analyze(args, kwargs)
-        state = get_rng_state(), random_state()
+        call = Call(args, kwargs, (get_rng_state(), random_state()), start)
         for _ in range(MAX_BRANCHES):
             try:
-                return self._try_step(start, args, kwargs)
+                return self._try_step(call)
             except UnknownStructure as unknown:
                 self._learn(unknown, args, kwargs)
-                set_rng_state(state[0])
-                set_random_state(state[1])
+                call.rewind()
         raise StructureChanged(
             f"the programs took {MAX_BRANCHES} branches in one step that were all new"
         )
 
-    def _try_step(self, start: float, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    def _try_step(self, call: Call) -> float:
         """One step, or none if a program takes a branch that is not known."""
         optim = self.optim
         refresh = optim.refresh_due
         observer = self._observer(refresh)
         sides: Mapping[Role, Side] = optim.sides
-        proposal = None
+        trial = _Trial(None, False, optim.caution, optim.caution, 0, False)
         with poutine.trace(param_only=True) as capture:
             try:
-                loss = self._backward(observer, args, kwargs)
+                loss = self._backward(observer, call.args, call.kwargs)
                 params = params_of(capture.trace)
                 gradients = {name: _gradient(leaf) for name, leaf in params.items()}
                 optim.check_params(gradients)
-                if math.isfinite(loss) and _all_finite(gradients.values()):
+                if math.isfinite(loss) and all_finite(gradients.values()):
                     if refresh:
-                        sides = optim.refreshed(self._curvature(observer, args, kwargs))
-                    proposal = optim.propose(sides, gradients)
-                accepted = proposal is not None and self._apply(proposal, params)
+                        sides = self._refreshed(observer, call, params)
+                    sides, trial = self._move(sides, gradients, params, loss, call)
             finally:
                 for leaf in params_of(capture.trace).values():
                     leaf.grad = None
-        info = self._describe(loss, accepted, sides, proposal, refresh, start)
-        if accepted and proposal is not None:
-            optim.commit(sides, proposal)
+        info = self._describe(loss, sides, trial, refresh, call.start)
+        if trial.accepted and trial.proposal is not None:
+            optim.commit(sides, trial.proposal, trial.caution)
         self.info = info
-        self._count_rejections(accepted, observer, info)
+        self._count_rejections(trial.finite, observer, info)
         return loss
+
+    def _refreshed(
+        self, observer: LossObserver, call: Call, params: Mapping[str, Tensor]
+    ) -> dict[Role, Side]:
+        """The sides with new estimates."""
+        optim, meter = self.optim, Meter(self.model, self.guide, self.loss)
+        decay, seed = optim.curvature.decay, _mixed(optim.seed, optim.step_count)
+        reading = meter.read(optim.sides, observer, call, params, seed, decay)
+        self._dream_ess = reading.ess
+        return optim.refreshed(reading.curvature, reading.visible)
+
+    def _move(
+        self,
+        sides: Mapping[Role, Side],
+        gradients: Mapping[str, Tensor],
+        params: Mapping[str, Tensor],
+        loss: float,
+        call: Call,
+    ) -> tuple[Mapping[Role, Side], _Trial]:
+        """Takes the step of a gradient, or under an adaptive rule the first one that gains."""
+        optim, rule = self.optim, self.optim.rule
+        caution = optim.caution
+        if rule is None:
+            proposal = optim.propose(sides, gradients)
+            accepted = self._apply(proposal, params)
+            return sides, _Trial(proposal, accepted, caution, caution, 1, accepted)
+        finite = False
+        for tries in range(1, rule.max_tries + 1):
+            sides = optim.with_caution(sides, caution)
+            proposal = optim.propose(sides, gradients, caution)
+            undo = _Undo(params, optim)
+            ratio = -math.inf
+            if self._apply(proposal, params):
+                finite = True
+                ratio = self._gain_ratio(proposal, gradients, params, loss, call)
+            after = rule.judged(caution, ratio)
+            if rule.accepts(ratio):
+                return sides, _Trial(proposal, True, after, caution, tries, True)
+            undo()
+            caution = after
+        return sides, _Trial(proposal, False, caution, caution, tries, finite)
+
+    def _gain_ratio(
+        self,
+        proposal: Proposal,
+        gradients: Mapping[str, Tensor],
+        params: Mapping[str, Tensor],
+        loss: float,
+        call: Call,
+    ) -> float:
+        """Actual gain of a step that has been taken over the predicted one.
+
+        The gain is measured on the random numbers of the gradient. Where it drowns in rounding, it
+        is the trapezoid ½ (g₀ + g₁)ᵀ d instead, with the gradients before and after the step.
+
+        Args:
+            proposal: the step.
+            gradients: before the step, by parameter.
+            params: unconstrained leaves by name.
+            loss: before the step, in nats.
+            call: arguments and random numbers.
+
+        Returns:
+            The ratio; −∞ where the loss is not finite or cannot be computed.
+        """
+        predicted = float(proposal.scalars["gain"])
+        if not predicted > 0:
+            return -math.inf
+        state = get_rng_state(), random_state()
+        try:
+            call.rewind()
+            after = self.evaluate_loss(*call.args, **call.kwargs)
+            gain = loss - after
+            tiny = 1e-10 * max(1.0, abs(loss))
+            if abs(gain) < tiny and predicted < 100 * tiny:
+                call.rewind()
+                for leaf in params.values():
+                    leaf.grad = None
+                self.loss.loss_and_grads(self.model, self.guide, *call.args, **call.kwargs)
+                gain = -sum(
+                    float(((gradients[name] + _gradient(params[name])) * change).sum()) / 2
+                    for name, change in proposal.changes.items()
+                )
+        except (ValueError, RuntimeError, PyronatError):
+            return -math.inf
+        finally:
+            set_rng_state(state[0])
+            set_random_state(state[1])
+        return gain / predicted if math.isfinite(gain) else -math.inf
 
     @property
     def net(self) -> BayesNet | None:
@@ -213,7 +324,8 @@ class NaturalSVI:
         self._analyzed = True
 
     def _check_simulable(self, model: KnownProgram) -> None:
-        if {"dreams", "exact"} & self.optim.geometry.sources.keys():
+        geometry = self.optim.geometry
+        if isinstance(geometry, Visible) or {"dreams", "exact"} & geometry.sources.keys():
             check_simulable(model.net)
 
     def _learn(
@@ -261,42 +373,13 @@ class NaturalSVI:
         Raises:
             InvalidData: where Pyro or torch refuse arguments that are not finite, or empty.
         """
-        with _explained(args, kwargs), watch_traces(self.loss, observer):
+        with explained(args, kwargs), watch_traces(self.loss, observer):
             loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
         return float(loss[0] if isinstance(loss, tuple) else loss)
 
-    def _curvature(
-        self, observer: LossObserver, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> dict[Role, dict[str, Curvature]]:
-        """New estimates of the curvature of both sides."""
-        sides = self.optim.sides
-        model = sides["model"]
-        found: dict[Role, dict[str, Curvature]] = {}
-        parts: list[tuple[float, dict[str, Curvature]]] = []
-        with own_random_numbers(_mixed(self.optim.seed, self.optim.step_count)):
-            for source, share in model.geometry.sources.items():
-                if source == "dreams":
-                    runs = model.geometry.num_runs if isinstance(model.geometry, Full) else 1
-                    part = dream_curvature(self.model, args, kwargs, model.plan, runs)
-                elif source == "exact":
-                    part = exact_curvature(self.model, args, kwargs, model.plan)
-                else:
-                    part = observer.model_curvature()
-                parts.append((share, part))
-            if not model.natural:
-                parts.append((1.0, observer.model_curvature(with_matrix=False)))
-            found["model"] = _weighted(parts)
-            guide = sides["guide"]
-            if guide.plan.blocks:
-                if "exact" in guide.geometry.sources:
-                    found["guide"] = exact_curvature(self.guide, args, kwargs, guide.plan)
-                else:
-                    found["guide"] = observer.guide_curvature()
-        return found
-
     def _apply(self, proposal: Proposal, params: Mapping[str, Tensor]) -> bool:
         """Changes all parameters, or none if anything is not finite."""
-        if not _all_finite(proposal.changes.values()):
+        if not all_finite(proposal.changes.values()):
             return False
         kinds = self.optim.assignment(list(params))
         others = {name: params[name] for name, kind in kinds.items() if kind == "others"}
@@ -307,7 +390,7 @@ class NaturalSVI:
             optimizer = self.optim.other_optimizer()
             snapshot = state_of(optimizer)
             optimizer([moved[name] for name in sorted(moved)])
-            if not _all_finite(moved.values()):
+            if not all_finite(moved.values()):
                 with torch.no_grad():
                     for name, leaf in moved.items():
                         leaf.copy_(before[name])
@@ -322,36 +405,39 @@ class NaturalSVI:
     def _describe(
         self,
         loss: float,
-        accepted: bool,
         sides: Mapping[Role, Side],
-        proposal: Proposal | None,
+        trial: _Trial,
         refreshed: bool,
         start: float,
     ) -> StepInfo:
         names = ("kl", "grad_norm", "natural_norm", "cosine", "damping")
         values = [math.nan] * len(names)
-        if proposal is not None:
-            values = torch.stack([proposal.scalars[name] for name in names]).tolist()
+        if trial.proposal is not None:
+            values = torch.stack([trial.proposal.scalars[name] for name in names]).tolist()
         jitter = max(
             (block.factor.jitter for side in sides.values() for block in side.solved.values()),
             default=0.0,
         )
         ess = getattr(self.loss, "ess", None)
+        spectra = sides["model"].spectra.values() if trial.proposal is not None else ()
         return StepInfo(
             step=self.optim.step_count,
             loss=loss,
-            accepted=accepted,
-            lr=self.optim.lr(self.optim.step_count),
+            accepted=trial.accepted,
+            lr=self.optim.lr(self.optim.step_count) * trial.used.scale,
             **dict(zip(names, values, strict=True)),
             jitter=jitter,
-            mixing=1.0,
+            mixing=self.optim.mixing(trial.used),
+            missing=max((some.missing() for some in spectra), default=None),
+            tries=trial.tries,
             ess=None if ess is None else float(ess),
+            dream_ess=_quantiles(self._dream_ess),
             refreshed=refreshed,
             seconds=time.perf_counter() - start,
         )
 
-    def _count_rejections(self, accepted: bool, observer: LossObserver, info: StepInfo) -> None:
-        if accepted:
+    def _count_rejections(self, finite: bool, observer: LossObserver, info: StepInfo) -> None:
+        if finite:
             self._rejected = 0
             return
         self._rejected += 1
@@ -368,13 +454,29 @@ class NaturalSVI:
             )
 
 
-def _weighted(parts: Sequence[tuple[float, dict[str, Curvature]]]) -> dict[str, Curvature]:
-    """Mean of curvatures with shares that sum to 1."""
-    total, mean = parts[0]
-    for share, part in parts[1:]:
-        total += share
-        mean = mix(mean, part, share / total)
-    return mean
+class _Undo:
+    """Takes parameters and the optimizer of those without a metric back to where they are now."""
+
+    def __init__(self, params: Mapping[str, Tensor], optim: NaturalGradient) -> None:
+        self._before = {name: leaf.detach().clone() for name, leaf in params.items()}
+        self._params = params
+        self._others = optim.other_optimizer()
+        self._state = state_of(self._others)
+
+    def __call__(self) -> None:
+        """Takes them back."""
+        with torch.no_grad():
+            for name, leaf in self._params.items():
+                leaf.copy_(self._before[name])
+        restore(self._others, self._state)
+
+
+def _quantiles(ess: Tensor | None) -> tuple[float, float, float] | None:
+    if ess is None or not len(ess):
+        return None
+    shares = torch.tensor([0.1, 0.5, 0.9], dtype=ess.dtype, device=ess.device)
+    low, median, high = ess.quantile(shares).tolist()
+    return low, median, high
 
 
 def _gradient(leaf: Tensor) -> Tensor:
@@ -384,46 +486,3 @@ def _gradient(leaf: Tensor) -> Tensor:
 def _mixed(seed: int, step: int) -> int:
     """A seed for each step, far from the small ones that users choose."""
     return (seed * 1_000_003 + step * 7_919 + 0x9E3779B9) % 2**31
-
-
-def _all_finite(tensors: Any) -> bool:
-    """Whether all entries are finite, with one transfer from the device."""
-    sums = [tensor.detach().sum() for tensor in tensors]
-    if not sums:
-        return True
-    first = sums[0]
-    return bool(torch.isfinite(torch.stack([part.to(first) for part in sums])).all())
-
-
-@contextmanager
-def _explained(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generator[None, None, None]:
-    """Names the arguments where they are why Pyro or torch raise.
-
-    Args:
-        args: arguments of model and guide.
-        kwargs: their keyword arguments.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        InvalidData: if an argument is not finite, or a plate is empty.
-        ValueError: as Pyro or torch raise it.
-        RuntimeError: as Pyro or torch raise it.
-    """
-    try:
-        yield
-    except ZeroDivisionError as error:
-        raise InvalidData(f"a plate has no elements, the batch is empty: {error}") from error
-    except (ValueError, RuntimeError) as error:
-        if not _is_finite((args, kwargs)):
-            raise InvalidData(f"an argument holds NaN or infinite values: {error}") from error
-        raise
-
-
-def _is_finite(arguments: Any) -> bool:
-    return all(
-        bool(torch.isfinite(leaf).all())
-        for leaf in tree_leaves(arguments)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    )

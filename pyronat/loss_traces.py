@@ -57,15 +57,8 @@ def sleep_traces(
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """Runs the model forward, then the guide on the simulated data, replaying the dream.
 
-    A guide with a parameter `observations` gets the simulated values by site name, Pyro's own
-    convention. For any other guide the arguments whose tensors are the observed values are
-    replaced, recognized by identity.
-
     Returns:
         Traces of the dream and of the guide, the latter with log-probabilities.
-
-    Raises:
-        NoGuideOnDreams: if the observed values of a site are not among the arguments.
     """
     with constant_samples():
         dreamed = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
@@ -74,18 +67,39 @@ def sleep_traces(
         for name, site in dreamed.nodes.items()
         if site["type"] == "sample" and site["infer"].get("was_observed") and is_random(site)
     }
-    if "observations" in inspect.signature(guide).parameters:
-        kwargs = {**kwargs, "observations": {name: pair[1] for name, pair in simulated.items()}}
-    else:
-        args, kwargs = _replace_data(simulated, args, kwargs)
+    args, kwargs = with_simulated(guide, simulated, args, kwargs)
     with poutine.replay(trace=dreamed):
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
     return dreamed, _scored(trace, float("inf"))
 
 
-def _replace_data(
-    simulated: Mapping[str, tuple[Any, Tensor]], args: Sequence[Any], kwargs: Mapping[str, Any]
+def with_simulated(
+    guide: Program,
+    simulated: Mapping[str, tuple[Any, Tensor]],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Arguments of a guide on simulated data.
+
+    A guide with a parameter `observations` gets the simulated values by site name, Pyro's own
+    convention. For any other guide the arguments whose tensors are the observed values are
+    replaced, recognized by identity.
+
+    Args:
+        guide: the guide.
+        simulated: (observed value, simulated value) by site.
+        args: arguments of the guide on the data.
+        kwargs: its keyword arguments on the data.
+
+    Returns:
+        Arguments and keyword arguments.
+
+    Raises:
+        NoGuideOnDreams: if the observed values of a site are not among the arguments.
+    """
+    if "observations" in inspect.signature(guide).parameters:
+        given = {name: pair[1] for name, pair in simulated.items()}
+        return args, {**kwargs, "observations": given}
     replaced: set[int] = set()
     by_identity = {id(observed): value for observed, value in simulated.values()}
 

@@ -173,6 +173,20 @@ class CholeskyFactor:
         right = vectors.to(self.lower.dtype).unsqueeze(-1)
         return torch.cholesky_solve(right, self.lower).squeeze(-1).to(vectors.dtype)
 
+    def whiten(self, vectors: Tensor) -> Tensor:
+        """L⁻¹ x for `[*rows, count, size]`, in the type of the factor."""
+        return self._triangular(self.lower, vectors, upper=False)
+
+    def unwhiten(self, vectors: Tensor) -> Tensor:
+        """L⁻ᵀ x for `[*rows, count, size]`, in the type of the factor."""
+        return self._triangular(self.lower.mT, vectors, upper=True)
+
+    @staticmethod
+    def _triangular(matrix: Tensor, vectors: Tensor, upper: bool) -> Tensor:
+        columns = vectors.to(matrix.dtype).reshape(-1, *vectors.shape[-2:]).permute(1, 2, 0)
+        solved: Tensor = torch.linalg.solve_triangular(matrix, columns, upper=upper)
+        return solved.permute(2, 0, 1).reshape(vectors.shape)
+
 
 def cholesky(matrix: Tensor, damping: Tensor) -> CholeskyFactor:
     """Batched Cholesky factorization of matrix + damping · I with a jitter ladder.

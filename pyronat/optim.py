@@ -13,20 +13,25 @@ import torch
 from torch import Tensor
 
 from pyronat.curvature import Curvature, Plan, make_plan
+from pyronat.districts import DistrictPlan, plan_districts
 from pyronat.errors import (
     CheckpointMismatch,
     StockSVI,
     StructureChanged,
     UnassignedParameter,
 )
-from pyronat.geometry import Euclidean, Full, Geometry
+from pyronat.geometry import Euclidean, Full, Geometry, Visible
 from pyronat.graph import BayesNet
 from pyronat.programs import KnownProgram
 from pyronat.sides import Role, Side, restored_program
+from pyronat.spectrum import VisibleAverage
 from pyronat.steps import (
+    Caution,
     Constant,
+    ConstantDamping,
     Damping,
     KLTrustRegion,
+    LevenbergMarquardt,
     LeverageDamping,
     Moments,
     ReachScaledAdam,
@@ -34,7 +39,7 @@ from pyronat.steps import (
     Schedule,
 )
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 CONTINUOUS = frozenset({
     "Normal",
     "LogNormal",
@@ -53,7 +58,7 @@ class Proposal:
     Attributes:
         changes: what to add to each parameter of a geometry or of the scaled Adam.
         moments: new states of the scaled Adam, by parameter.
-        scalars: kl, grad_norm, natural_norm, cosine and damping, as 0-d tensors.
+        scalars: gain, kl, grad_norm, natural_norm, cosine and damping, as 0-d tensors.
     """
 
     changes: dict[str, Tensor]
@@ -92,7 +97,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         lr: float | Schedule = 0.1,
         geometry: Geometry | None = None,
         guide_geometry: Geometry | None = None,
-        damping: Damping | None = None,
+        damping: Damping | LevenbergMarquardt | None = None,
         trust_region: KLTrustRegion | None = None,
         curvature: RunningAverage | None = None,
         others: pyro.optim.PyroOptim | None = None,
@@ -103,13 +108,18 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self.lr: Schedule = lr if callable(lr) else Constant(lr)
         self.geometry = Full() if geometry is None else geometry
         self.guide_geometry = guide_geometry
-        self.damping: Damping = LeverageDamping() if damping is None else damping
+        self.damping = LeverageDamping() if damping is None else damping
         self.trust_region = trust_region or KLTrustRegion()
-        self.curvature = curvature or RunningAverage()
+        if isinstance(guide_geometry, Visible):
+            raise ValueError("a guide hides nothing: guide_geometry is Full(...) or Euclidean()")
+        self.rule = self._rule()
+        whole = RunningAverage() if self.rule is None else RunningAverage(0.0, 1)
+        self.curvature = curvature or whole
         self.others = others
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self.seed = seed
         self.step_count = 0
+        self.caution = Caution() if self.rule is None else self.rule.start()
         self.sides: dict[Role, Side] = {}
         self.scaled_adam = ReachScaledAdam()
         self._plain = pyro.optim.Adam({"lr": 1e-3})
@@ -128,6 +138,30 @@ class NaturalGradient(pyro.optim.PyroOptim):
             StockSVI: always.
         """
         _refuse()
+
+    def _rule(self) -> LevenbergMarquardt | None:
+        """The adaptive rule, if there is one.
+
+        Returns:
+            The rule.
+
+        Raises:
+            ValueError: if there are two.
+        """
+        mixing = self.geometry.mixing if isinstance(self.geometry, Visible) else None
+        rules = [rule for rule in (mixing, self.damping) if isinstance(rule, LevenbergMarquardt)]
+        if len(rules) > 1:
+            raise ValueError("either mixing or damping is adapted, not both")
+        return rules[0] if rules else None
+
+    def mixing(self, caution: Caution) -> float:
+        """ρ of the model's geometry at this step."""
+        if not isinstance(self.geometry, Visible):
+            return 1.0
+        mixing = self.geometry.mixing
+        if isinstance(mixing, LevenbergMarquardt):
+            return caution.value
+        return float(mixing(self.step_count)) if callable(mixing) else float(mixing)
 
     # Structure
 
@@ -163,7 +197,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         """
         sides = self._sides(programs)
         self.sides = {
-            role: self.sides[role].replanned(side.plan)
+            role: self.sides[role].replanned(side.plan, side.districts)
             if self.sides[role].geometry == side.geometry
             else side
             for role, side in sides.items()
@@ -180,8 +214,21 @@ class NaturalGradient(pyro.optim.PyroOptim):
         sides = {}
         for role, program in programs.items():
             geometry = self.geometry if role == "model" else self._guide_geometry(program.net)
-            sides[role] = Side(role, geometry, self._plan(program, geometry))
+            plan = self._plan(program, geometry)
+            sides[role] = Side(
+                role, geometry, plan, districts=self._districts(plan, geometry, guide)
+            )
         return sides
+
+    @staticmethod
+    def _districts(
+        plan: Plan, geometry: Geometry, guide: BayesNet | None
+    ) -> tuple[DistrictPlan, ...]:
+        """Districts of a visible geometry; none where its mixing is 1, which is the full one."""
+        if not isinstance(geometry, Visible) or geometry.mixing == 1:
+            return ()
+        proposing = guide if geometry.posterior == "guide" else None
+        return plan_districts(plan.program.net, plan.blocks, proposing)
 
     def _plan(self, program: KnownProgram, geometry: Geometry) -> Plan:
         excluded = filter(self._is_excluded, program.net.params)
@@ -244,32 +291,58 @@ class NaturalGradient(pyro.optim.PyroOptim):
 
     # One step, computed without side effects
 
-    def refreshed(self, curvature: Mapping[Role, Mapping[str, Curvature]]) -> dict[Role, Side]:
+    def refreshed(
+        self,
+        curvature: Mapping[Role, Mapping[str, Curvature]],
+        visible: Mapping[str, VisibleAverage],
+    ) -> dict[Role, Side]:
         """The sides with new estimates averaged in; the optimizer's own are not changed."""
-        lr = self.lr(self.step_count)
-        return {
-            role: side.refreshed(curvature[role], self.curvature, self.damping, lr)
+        sides = {
+            role: side.refreshed(
+                curvature[role], visible if role == "model" else {}, self.curvature
+            )
             if role in curvature
             else side
             for role, side in self.sides.items()
         }
+        return self._factored(sides, self.caution)
 
-    def propose(self, sides: Mapping[Role, Side], gradients: Mapping[str, Tensor]) -> Proposal:
+    def _factored(self, sides: Mapping[Role, Side], caution: Caution) -> dict[Role, Side]:
+        damping = self.damping
+        if isinstance(damping, LevenbergMarquardt):
+            damping = ConstantDamping(0.0, caution.value)
+        lr = self.lr(self.step_count)
+        return {role: side.factored(damping, lr) for role, side in sides.items()}
+
+    def with_caution(self, sides: Mapping[Role, Side], caution: Caution) -> Mapping[Role, Side]:
+        """The sides as a caution damps them."""
+        adapted = isinstance(self.damping, LevenbergMarquardt) and caution != self.caution
+        return self._factored(sides, caution) if adapted else sides
+
+    def propose(
+        self,
+        sides: Mapping[Role, Side],
+        gradients: Mapping[str, Tensor],
+        caution: Caution | None = None,
+    ) -> Proposal:
         """Computes a step.
 
         Args:
             sides: curvature to use.
             gradients: by parameter name, of all parameters that the step uses.
+            caution: of an adaptive rule; by default the optimizer's own.
 
         Returns:
             The step; nothing has been changed.
         """
-        lr = self.lr(self.step_count)
+        caution = caution or self.caution
+        lr = self.lr(self.step_count) * caution.scale
         directions: dict[str, Tensor] = {}
         products: list[Tensor] = []
-        for side in sides.values():
+        for role, side in sides.items():
             if side.natural:
-                found, terms = side.directions(gradients)
+                mixing = self.mixing(caution) if role == "model" else 1.0
+                found, terms = side.directions(gradients, mixing)
                 directions.update(found)
                 products += terms
         scalars = _scalars(products, lr)
@@ -286,9 +359,9 @@ class NaturalGradient(pyro.optim.PyroOptim):
                     )
         return Proposal(changes, moments, scalars)
 
-    def commit(self, sides: Mapping[Role, Side], proposal: Proposal) -> None:
+    def commit(self, sides: Mapping[Role, Side], proposal: Proposal, caution: Caution) -> None:
         """Makes the state of a taken step the optimizer's own."""
-        self.sides = dict(sides)
+        self.sides, self.caution = dict(sides), caution
         self._moments.update(proposal.moments)
         self.step_count += 1
 
@@ -306,6 +379,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             "format": STATE_FORMAT,
             "step_count": self.step_count,
             "seed": self.seed,
+            "caution": dict(vars(self.caution)),
             "sides": {role: side.state() for role, side in self.sides.items()},
             "moments": {name: dict(vars(state)) for name, state in self._moments.items()},
             "others": state_of(self.other_optimizer()),
@@ -322,7 +396,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
             CheckpointMismatch: if it is not a state of this class, or of another program.
         """
         state = dict(state_dict)
-        required = {"format", "step_count", "seed", "sides", "moments", "others", "others_kind"}
+        required = {"format", "step_count", "seed", "caution", "sides", "moments"}
+        required |= {"others", "others_kind"}
         if state.get("format") != STATE_FORMAT or not required <= state.keys():
             raise CheckpointMismatch(
                 f"this is not a state of NaturalGradient in format {STATE_FORMAT}"
@@ -352,15 +427,23 @@ class NaturalGradient(pyro.optim.PyroOptim):
                 f"the state has sides {sorted(state['sides'])}, the program {sorted(self.sides)}"
             )
         sides = {}
+        programs = {
+            role: restored_program(side.plan.program, state["sides"][role], role)
+            for role, side in self.sides.items()
+            if state["sides"]
+        }
         for role, side in self.sides.items():
-            if state["sides"]:
-                program = restored_program(side.plan.program, state["sides"][role], role)
-                plan = self._plan(program, side.geometry)
-                sides[role] = side.restored(state["sides"][role], plan)
+            if programs:
+                plan = self._plan(programs[role], side.geometry)
+                districts = self._districts(plan, side.geometry, programs["guide"].net)
+                sides[role] = side.restored(state["sides"][role], plan, districts)
             else:
                 # A state from before the first step has no sides: it is a start.
-                sides[role] = replace(side, refreshes=0, average={}, solved={})
+                sides[role] = replace(
+                    side, refreshes=0, average={}, solved={}, visible={}, spectra={}
+                )
         self.step_count, self.seed = state["step_count"], state["seed"]
+        self.caution = Caution(**state["caution"])
         self.sides = sides
         self._moments = {name: Moments(**moments) for name, moments in state["moments"].items()}
         restore(self.other_optimizer(), state["others"])
@@ -393,12 +476,13 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 def _scalars(products: Sequence[Tensor], lr: float) -> dict[str, Tensor]:
     if not products:
         zero = torch.zeros(())
-        return dict.fromkeys(("kl", "grad_norm", "natural_norm", "cosine", "damping"), zero)
+        return dict.fromkeys(("gain", "kl", "grad_norm", "natural_norm", "cosine", "damping"), zero)
     first = products[0]
     total = torch.stack([product.to(first) for product in products]).sum(0)
     grad, inner, direction, quadratic, damping, count = total.unbind()
     tiny = torch.finfo(total.dtype).tiny
     return {
+        "gain": (lr - 0.5 * lr**2) * inner,
         "kl": 0.5 * lr**2 * quadratic.clamp_min(0),
         "grad_norm": grad.sqrt(),
         "natural_norm": inner.clamp_min(0).sqrt(),

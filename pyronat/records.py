@@ -86,6 +86,21 @@ class Run:
     params: dict[str, Tensor]
 
 
+def visible_elements(record: SiteRecord) -> Tensor:
+    """Which elements of a site's value no mask hides, broadcastable to the value."""
+    found = torch.tensor(True, device=record.value.device)
+    inner: Any = record.distribution
+    masks = [(record.mask, len(inner.event_shape))]
+    while hasattr(inner, "base_dist"):
+        masks.append((getattr(inner, "_mask", None), len(inner.event_shape)))
+        inner = inner.base_dist
+    for mask, event_dim in masks:
+        if mask is not None:
+            part = torch.as_tensor(mask, device=found.device)
+            found = found & part.reshape(*part.shape, *[1] * event_dim)
+    return found
+
+
 def distribution_tensors(distribution: Distribution) -> list[Tensor]:
     """All tensors that a distribution and the distributions and transforms in it hold."""
     return [tensor for alternatives in held_tensors(distribution) for tensor in alternatives]

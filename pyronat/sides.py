@@ -11,11 +11,13 @@ from torch import Tensor
 
 from pyronat.blocks import ParamBlock
 from pyronat.curvature import Curvature, Plan, mix
+from pyronat.districts import DistrictPlan
 from pyronat.errors import CheckpointMismatch, PyronatError
 from pyronat.geometry import Geometry
 from pyronat.graph import BayesNet
 from pyronat.operators import BlockMatrix, CholeskyFactor, add_parts
 from pyronat.programs import KnownProgram
+from pyronat.spectrum import Spectrum, VisibleAverage, spectrum
 from pyronat.steps import Damping, RunningAverage
 
 Role: TypeAlias = Literal["model", "guide"]
@@ -47,6 +49,9 @@ class Side:
         refreshes: how often the average was refreshed.
         average: running average of the curvature by block.
         solved: damped factors by block, of a natural geometry.
+        districts: blocks that hidden variables tie together, of a visible geometry.
+        visible: running average of the visible Fisher by district.
+        spectra: what it makes of the damped factors, by district.
     """
 
     role: Role
@@ -55,6 +60,9 @@ class Side:
     refreshes: int = 0
     average: Mapping[str, Curvature] = field(default_factory=dict)
     solved: Mapping[str, SolvedBlock] = field(default_factory=dict)
+    districts: tuple[DistrictPlan, ...] = ()
+    visible: Mapping[str, VisibleAverage] = field(default_factory=dict)
+    spectra: Mapping[str, Spectrum] = field(default_factory=dict)
 
     @property
     def net(self) -> BayesNet:
@@ -66,18 +74,22 @@ class Side:
         """Whether every block has been measured."""
         return self.plan.blocks.keys() <= self.average.keys()
 
-    def replanned(self, plan: Plan) -> Side:
+    def replanned(self, plan: Plan, districts: tuple[DistrictPlan, ...]) -> Side:
         """This side with another plan; blocks that have not changed keep their averages."""
         kept = {
             name
             for name, block in plan.blocks.items()
             if name in self.plan.blocks and _same_entries(block, self.plan.blocks[name])
         }
+        same = {d.name for d in districts if d in self.districts and kept.issuperset(d.blocks)}
         return replace(
             self,
             plan=plan,
             average={name: value for name, value in self.average.items() if name in kept},
             solved={name: value for name, value in self.solved.items() if name in kept},
+            districts=districts,
+            visible={name: value for name, value in self.visible.items() if name in same},
+            spectra={name: value for name, value in self.spectra.items() if name in same},
         )
 
     @property
@@ -86,26 +98,51 @@ class Side:
         return bool(self.geometry.sources)
 
     def refreshed(
-        self, curvature: Mapping[str, Curvature], rule: RunningAverage, damping: Damping, lr: float
+        self,
+        curvature: Mapping[str, Curvature],
+        visible: Mapping[str, VisibleAverage],
+        rule: RunningAverage,
     ) -> Side:
-        """This side with a new estimate of the curvature averaged in."""
+        """This side with new estimates averaged in, not factored yet.
+
+        Args:
+            curvature: of the full geometry, by block.
+            visible: of the visible geometry, by district.
+            rule: of averaging.
+
+        Returns:
+            The side.
+        """
         share = rule.share(self.refreshes)
         kept = {name: value for name, value in self.average.items() if name in self.plan.blocks}
         known = {name: value for name, value in curvature.items() if name in kept}
         average = {**curvature, **(mix(kept, known, share) if kept else {})}
-        side = replace(self, refreshes=self.refreshes + 1, average=average)
-        return side.factored(damping, lr) if self.natural else side
+        mixed = {
+            name: self.visible[name].mix(new, share) if name in self.visible else new
+            for name, new in visible.items()
+        }
+        return replace(self, refreshes=self.refreshes + 1, average=average, visible=mixed)
 
     def factored(self, damping: Damping, lr: float) -> Side:
         """This side with its blocks damped at a learning rate and factored."""
         solved = {}
-        for name, curvature in self.average.items():
+        for name, curvature in self.average.items() if self.natural else ():
             assert curvature.matrix is not None
             diagonal = BlockMatrix(curvature.matrix).mean_diagonal()
             leverage = _filled(curvature.leverage)
             strength = damping(diagonal, leverage, lr).expand(diagonal.shape)
             solved[name] = self._solve(name, curvature.matrix, strength)
-        return replace(self, solved=solved)
+        return replace(self, solved=solved, spectra=self._spectra(solved))
+
+    def _spectra(self, solved: Mapping[str, SolvedBlock]) -> dict[str, Spectrum]:
+        return {
+            district.name: spectrum(
+                self.visible[district.name],
+                {name: solved[name].factor for name in district.blocks},
+            )
+            for district in self.districts
+            if district.name in self.visible
+        }
 
     def _solve(self, name: str, matrix: Tensor, damping: Tensor) -> SolvedBlock:
         block = BlockMatrix(matrix)
@@ -124,25 +161,34 @@ class Side:
             add_parts(reach, layout.unpack(spread))
         return reach
 
-    def directions(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Natural gradients d = (G + λ)⁻¹ g by parameter, and the products that describe them.
+    def directions(
+        self, gradients: Mapping[str, Tensor], mixing: float = 1.0
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Natural gradients d = A⁻¹ g by parameter, and the products that describe them.
 
         Args:
             gradients: g by parameter name.
+            mixing: ρ; with 1, A = G + λ.
 
         Returns:
-            d by parameter name, and (gᵀg, gᵀd, dᵀd, dᵀGd, Σλ, count) of each block.
+            d by parameter name, and (gᵀg, gᵀd, dᵀd, dᵀAd without damping, Σλ, count) of each block.
         """
+        packed = {name: self._packed(name, gradients) for name in self.solved}
+        found: dict[str, Tensor] = {}
+        damped: dict[str, float] = {}
+        for some in self.spectra.values() if mixing < 1 else ():
+            found.update(some.solve({name: packed[name] for name in some.factors}, mixing))
+            damped.update(dict.fromkeys(some.factors, mixing if some.damps_mixed else 1.0))
         directions: dict[str, Tensor] = {}
         products = []
         for name, solved in self.solved.items():
-            layout = self.plan.layouts[name]
-            gradient = self._packed(name, gradients)
-            direction = solved.factor.solve(gradient) * solved.known.unsqueeze(1)
+            layout, gradient = self.plan.layouts[name], packed[name]
+            direction = found[name] if name in found else solved.factor.solve(gradient)
+            direction = direction * solved.known.unsqueeze(1)
             inner = (gradient * direction).sum()
             squares = direction.square().sum(1)
-            # (G + λ) d = g, so dᵀGd needs no product with G.
-            quadratic = inner - (solved.damping * squares).sum()
+            # A d = g with A damped, so dᵀAd needs no product with A.
+            quadratic = inner - damped.get(name, 1.0) * (solved.damping * squares).sum()
             entries = torch.tensor(float(layout.count), dtype=inner.dtype, device=inner.device)
             products.append(
                 torch.stack([
@@ -180,14 +226,18 @@ class Side:
                 for name, curvature in self.average.items()
             },
             "damping": {name: solved.damping for name, solved in self.solved.items()},
+            "visible": {name: dict(vars(average)) for name, average in self.visible.items()},
         }
 
-    def restored(self, state: Mapping[str, Any], plan: Plan) -> Side:
+    def restored(
+        self, state: Mapping[str, Any], plan: Plan, districts: tuple[DistrictPlan, ...]
+    ) -> Side:
         """This side with the averages of a state; its blocks are factored as they were.
 
         Args:
             state: what `state` returned.
             plan: the plan of the structure in the state.
+            districts: those of the plan.
 
         Returns:
             The side.
@@ -200,17 +250,28 @@ class Side:
         if state["average"] and plan.blocks.keys() != state["average"].keys():
             changed = ", ".join(sorted(plan.blocks.keys() ^ state["average"].keys()))
             raise CheckpointMismatch(f"other blocks of the {self.role} are measured: {changed}")
+        if state["average"] and state["visible"].keys() != {d.name for d in districts}:
+            raise CheckpointMismatch(f"the state is of another geometry of the {self.role}")
         average = {
             name: Curvature(values.get("matrix"), values["leverage"], values["reach"])
             for name, values in state["average"].items()
         }
-        side = replace(self, plan=plan, refreshes=state["refreshes"], average=average, solved={})
+        side = replace(
+            self,
+            plan=plan,
+            refreshes=state["refreshes"],
+            average=average,
+            solved={},
+            districts=districts,
+            visible={name: VisibleAverage(**values) for name, values in state["visible"].items()},
+            spectra={},
+        )
         solved = {}
         for name, damping in state["damping"].items():
             matrix = average[name].matrix
             assert matrix is not None
             solved[name] = side._solve(name, matrix, damping)
-        return replace(side, solved=solved)
+        return replace(side, solved=solved, spectra=side._spectra(solved))
 
 
 def _filled(values: Tensor) -> Tensor:

@@ -119,6 +119,72 @@ class ConstantDamping:
 
 
 @dataclass(frozen=True)
+class Caution:
+    """State of an adaptive rule.
+
+    Attributes:
+        value: ρ of a visible geometry, or the relative damping of a full one.
+        scale: factor on the learning rate.
+    """
+
+    value: float = 1.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Adapts one number to the ratio of actual to predicted gain; steps without gain are undone.
+
+    As `Visible(mixing=LevenbergMarquardt())` the number is ρ, as
+    `NaturalGradient(damping=LevenbergMarquardt())` it is the damping relative to the mean diagonal
+    of a unit. It judges a step by the loss that made it, on common random numbers: right for whole
+    data sets and exact losses, too optimistic for minibatches.
+
+    Attributes:
+        initial: the number at the start.
+        smallest: its lower bound.
+        poor: ratios below this make the number grow by 2.5.
+        good: ratios above this make it shrink by 5.
+        rejected: ratios up to this undo the step, and the number grows by 4; at 1, the step is
+            halved instead.
+        max_tries: steps that are tried with one gradient.
+    """
+
+    initial: float = 1.0
+    smallest: float = 1e-12
+    poor: float = 0.25
+    good: float = 0.6
+    rejected: float = 0.05
+    max_tries: int = 25
+
+    def start(self) -> Caution:
+        """The state at the start."""
+        return Caution(self.initial)
+
+    def accepts(self, ratio: float) -> bool:
+        """Whether a step is kept."""
+        return ratio > self.rejected
+
+    def judged(self, now: Caution, ratio: float) -> Caution:
+        """The state after a step.
+
+        Args:
+            now: state of the step.
+            ratio: its actual gain over the predicted one; −inf where it was not finite.
+
+        Returns:
+            The state for the next one.
+        """
+        if not self.accepts(ratio):
+            if now.value < 1:
+                return Caution(min(1.0, 4 * now.value), now.scale)
+            return Caution(1.0, now.scale / 2)
+        if ratio > self.good:
+            return Caution(max(now.value / 5, self.smallest))
+        return Caution(min(1.0, 2.5 * now.value) if ratio < self.poor else now.value)
+
+
+@dataclass(frozen=True)
 class KLTrustRegion:
     """Shrinks a step whose KL divergence ½ lr² dᵀGd exceeds the radius.
 

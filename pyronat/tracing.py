@@ -256,6 +256,29 @@ def in_plate(program: Program, size: int, dim: int) -> Program:
     return pyro.plate(_STATES, size, dim=dim)(program)  # type: ignore[no-any-return]
 
 
+def fixed_values(values: Mapping[str, Tensor], observed: bool = False) -> Messenger:
+    """In this context some random sites have given values.
+
+    Args:
+        values: value `[*batch, *event]` by site.
+        observed: whether these sites then count as observed.
+
+    Returns:
+        The context.
+    """
+
+    def visit(message: dict[str, Any]) -> None:
+        if message["name"] not in values:
+            return
+        if observed:
+            # Not done yet: Pyro's enumeration has a note to make.
+            message["value"], message["is_observed"] = values[message["name"]], True
+        else:
+            _set_value(message, values[message["name"]])
+
+    return _Outermost(visit)
+
+
 def constant_samples() -> Messenger:
     """In this context sample values are constants: nothing flows back through them."""
     return _Outermost(_draw_constant)

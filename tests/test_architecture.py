@@ -18,18 +18,20 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"blocks", "lattices", "autograd", "operators", "families", "steps", "geometry"}),
-    frozenset({"graph", "operations", "entries", "records"}),
+    frozenset({"blocks", "lattices", "autograd", "operators", "families", "steps", "guards"}),
+    frozenset({"graph", "operations", "entries", "records", "geometry", "spectrum"}),
     frozenset({"index_rules"}),
     frozenset({"flow_rules"}),
-    frozenset({"dataflow", "partition", "fingerprint"}),
+    frozenset({"dataflow", "partition", "fingerprint", "districts"}),
     frozenset({"tracing", "importance", "testing"}),
     frozenset({"flows", "enumeration", "loss_traces"}),
-    frozenset({"analysis"}),
+    frozenset({"analysis", "dreams"}),
     frozenset({"programs", "rws"}),
     frozenset({"curvature"}),
-    frozenset({"sides", "expectation"}),
-    frozenset({"optim", "study"}),
+    frozenset({"sides", "expectation", "scores"}),
+    frozenset({"visible"}),
+    frozenset({"visible_exact"}),
+    frozenset({"optim", "study", "refresh"}),
     frozenset({"infer"}),
     frozenset({"__init__"}),
 )
@@ -37,8 +39,17 @@ LAYERS: tuple[frozenset[str], ...] = (
 
 CAUGHT = frozenset({"UnknownStructure"})
 """Raised to be caught: a user never sees it."""
-WITHOUT_TORCH = frozenset({"errors", "blocks", "graph"})
-WITH_PYRO = frozenset({"tracing", "loss_traces", "rws", "infer", "optim", "testing"})
+WITHOUT_TORCH = frozenset({"errors", "blocks", "graph", "districts"})
+WITH_PYRO = frozenset({
+    "tracing",
+    "loss_traces",
+    "dreams",
+    "rws",
+    "infer",
+    "optim",
+    "refresh",
+    "testing",
+})
 RUNTIME = frozenset({"torch", "pyro", "networkx"})
 LAZY = frozenset({"matplotlib"})
 MAX_CODE_LINES = 330

@@ -1,0 +1,192 @@
+"""Scores of single data: ∇ log p(x_r | x_pa(r)) in the entries of blocks, datum by datum.
+
+The factors of a run give Jacobians, the family gives ∂ log p / ∂θ; a datum's score is the sum of
+their products over the elements that belong to it. For linear units it is δ ⊗ a.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyronat.blocks import ParamBlock
+from pyronat.curvature import Factor
+from pyronat.errors import UnsupportedDistribution
+from pyronat.families import peel, score
+from pyronat.importance import DatumPlates
+from pyronat.records import SiteRecord
+
+
+@dataclass(frozen=True)
+class BlockColumns:
+    """Columns of a score matrix: blocks one after the other, their units one after the other.
+
+    Attributes:
+        blocks: by name, in order.
+    """
+
+    blocks: Mapping[str, ParamBlock]
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return sum(block.num_entries for block in self.blocks.values())
+
+    def split(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows `[*rows, width]` → `[*rows, count, size]` by block."""
+        parts = rows.split([block.num_entries for block in self.blocks.values()], -1)
+        return {
+            name: part.unflatten(-1, (block.count, block.size))
+            for (name, block), part in zip(self.blocks.items(), parts, strict=True)
+        }
+
+    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """`[*rows, count, size]` by block → `[*rows, width]`."""
+        return torch.cat([parts[name].flatten(-2) for name in self.blocks], -1)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Which datum each element of a site belongs to.
+
+    Attributes:
+        plates: plates whose elements are the data.
+        numbers: row of each datum `[*plates]`, −1 for data that are left out.
+        count: number of rows.
+    """
+
+    plates: DatumPlates
+    numbers: Tensor
+    count: int
+
+    def along(self, shape: Sequence[int]) -> Tensor:
+        """Rows of the elements of a batch shape `[*batch]`."""
+        width = max((-plate.dim for plate in self.plates.plates), default=0)
+        spread = [1] * width
+        for plate, size in zip(self.plates.plates, self.numbers.shape, strict=True):
+            spread[plate.dim] = size
+        return self.numbers.reshape(spread).expand(torch.Size(shape))
+
+
+def datum_scores(
+    factors: Sequence[tuple[Factor, Tensor]], slots: Slots, columns: BlockColumns
+) -> Tensor:
+    """Scores of the data, summed over sites.
+
+        s_b = Σ_r Σ_{n in b} w_n J_nᵀ ∂ log p(x_n; θ_n) / ∂θ_n
+
+    Args:
+        factors: of one run, each with a weight w for every element of its site, `[*batch]`.
+        slots: which element belongs to which datum.
+        columns: the blocks.
+
+    Returns:
+        `[count, width]` in nats per unit of each parameter entry.
+    """
+    like = next(iter(factors))[0].group.coordinates[0] if factors else torch.empty(0)
+    total = {
+        name: like.detach().new_zeros(slots.count, block.count, block.size)
+        for name, block in columns.blocks.items()
+    }
+    known: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+    for factor, weights in factors:
+        key = id(factor.record), factor.group.name
+        if key not in known:
+            known[key] = _element_scores(factor, weights, slots)
+        _add(total[factor.block], factor, *known[key])
+    return columns.join(total)
+
+
+def _element_scores(factor: Factor, weights: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+    """Weighted scores of a site's base elements in the coordinates of a group, and their rows.
+
+    Args:
+        factor: the site and the group.
+        weights: `[*batch]`.
+        slots: which element belongs to which datum.
+
+    Returns:
+        `[elements, size]`, and the row of each element `[elements]`.
+
+    Raises:
+        UnsupportedDistribution: if elements of several data share one distribution.
+    """
+    record = factor.record
+    base: Any = peel(record.distribution).base
+    weights, joined = _to_base(weights, record.distribution)
+    event = len(base.event_shape)
+    value = record.value
+    shape = torch.broadcast_shapes(
+        value.shape[: value.dim() - event], base.batch_shape, weights.shape
+    )
+    wide = base if shape == base.batch_shape else base.expand(shape)
+    value = value.expand(torch.Size([*shape, *base.event_shape]))
+    found = score(wide, factor.group.name, value) * weights.unsqueeze(-1)
+    # The Jacobian does not depend on the value: enumerated values are summed first.
+    found = found.sum_to_size(*base.batch_shape, found.shape[-1])
+    batch = base.batch_shape[: len(base.batch_shape) - joined]
+    try:
+        rows = slots.along(batch)
+    except RuntimeError as error:
+        raise UnsupportedDistribution(
+            f"site {record.name!r}: one distribution is shared by the elements of "
+            f"{', '.join(plate.name for plate in slots.plates.plates)}; expand it in the model"
+        ) from error
+    rows = rows.reshape(torch.Size([*batch, *[1] * joined])).expand(base.batch_shape)
+    return found.reshape(-1, found.shape[-1]), rows.reshape(-1)
+
+
+def _to_base(weights: Tensor, distribution: Distribution) -> tuple[Tensor, int]:
+    """Weights of a distribution's elements as those of its base, and how many dimensions it joins.
+
+    Unlike `curvature.spread_weights` this keeps dimensions along which a value is enumerated.
+    """
+    inner: Any = distribution
+    joined = 0
+    while hasattr(inner, "base_dist"):
+        dims = getattr(inner, "reinterpreted_batch_ndims", 0)
+        weights, joined = weights.reshape(*weights.shape, *[1] * dims), joined + dims
+        if hasattr(inner, "_mask"):
+            weights = weights * torch.as_tensor(inner._mask, device=weights.device)
+        inner = inner.base_dist
+    return weights, joined
+
+
+def _add(total: Tensor, factor: Factor, scores: Tensor, rows: Tensor) -> None:
+    """Adds Jᵀ δ of one factor to the scores `[rows, count, size]` of its block."""
+    if factor.inputs is None:
+        _add_entries(total, factor, scores, rows)
+        return
+    units, inputs = factor.units, factor.inputs
+    slopes = scores.reshape(-1, units)
+    if factor.slope is not None:
+        slopes = slopes * factor.slope
+    rows = rows.reshape(-1, units)
+    repeats = len(slopes) // len(inputs)
+    inputs = inputs.repeat(repeats, 1) if repeats > 1 else inputs
+    if bool((rows == rows[:, :1]).all()):
+        chosen = rows[:, 0] >= 0
+        products = slopes[chosen].unsqueeze(2) * inputs[chosen].unsqueeze(1)
+        total.index_add_(0, rows[chosen, 0], products)
+        return
+    row, unit = (rows >= 0).nonzero(as_tuple=True)
+    products = slopes[row, unit].unsqueeze(1) * inputs[row]
+    total.view(-1, inputs.shape[1]).index_add_(0, rows[row, unit] * units + unit, products)
+
+
+def _add_entries(total: Tensor, factor: Factor, scores: Tensor, rows: Tensor) -> None:
+    assert factor.jacobian is not None
+    chosen = rows >= 0
+    jacobian = factor.jacobian.unflatten(0, scores.shape)[chosen]
+    products = torch.einsum("nc,ncus->nus", scores[chosen], jacobian)
+    total.index_add_(0, rows[chosen], products)
+
+
+def element_weights(record: SiteRecord) -> Tensor:
+    """√scale × mask `[*batch]`, so that squares of scores count as the loss does."""
+    return record.base_weights().sqrt()

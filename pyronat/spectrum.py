@@ -1,0 +1,199 @@
+"""The visible geometry as a low-rank correction of the local blocks.
+
+With L Lᵀ = G + Λ, the damped full-system blocks, and U, λ the eigenvectors and eigenvalues of
+L⁻¹ G_V L⁻ᵀ where they have been estimated,
+
+    A_ρ⁻¹ g = L⁻ᵀ [ I + U diag(1/κ − 1) Uᵀ ] L⁻¹ g,    κ = (1 − ρ) λ + ρ,
+
+for every mixing ρ. Directions that no dream has seen have λ = 1: there the step is that of the
+full geometry. 1 − λ is the share of information that hiding takes away (Ay, Sec. 3; Dempster,
+Laird & Rubin 1977: the convergence rate of EM).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pyronat.operators import CholeskyFactor
+
+Kind: TypeAlias = Literal["visible", "missing", "observed"]
+"""What an estimate is of: G_V, G − G_V, or −∇² log p(v)."""
+
+MAX_ROWS = 400
+"""Rows that stand for the missing information of a district that is not kept as a matrix."""
+
+_NEGLIGIBLE = 1e-6
+"""Missing information, as a share of the whole, that is taken for none."""
+
+
+@dataclass(frozen=True)
+class VisibleAverage:
+    """Running average of what dreams say about the visible Fisher of some blocks.
+
+    Attributes:
+        kind: what is estimated.
+        matrix: the estimate `[width, width]`, or None.
+        rows: rows whose Gram matrix RᵀR is the estimate `[rows, width]`, or None.
+        num_dreams: dreams behind it, averaging included; infinite for exact expectations.
+    """
+
+    kind: Kind
+    matrix: Tensor | None
+    rows: Tensor | None
+    num_dreams: float
+
+    def mix(self, other: VisibleAverage, share: float) -> VisibleAverage:
+        """(1 − share) of this and `share` of a newer one; that alone if it is of another form."""
+        keep = 1 - share
+        if keep == 0 or (self.kind, self.matrix is None) != (other.kind, other.matrix is None):
+            return other
+        count = 1 / max(keep**2 / self.num_dreams + share**2 / other.num_dreams, 1e-30)
+        if self.matrix is not None and other.matrix is not None:
+            return replace(
+                other, matrix=torch.lerp(self.matrix, other.matrix, share), num_dreams=count
+            )
+        assert self.rows is not None and other.rows is not None
+        rows = torch.cat([other.rows * share**0.5, self.rows * keep**0.5])
+        return replace(other, rows=sketched(rows), num_dreams=count)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues and eigenvectors of L⁻¹ G_V L⁻ᵀ, where they have been estimated.
+
+    Attributes:
+        factors: L by block, in the order of the columns.
+        directions: U `[width, rank]`, orthonormal.
+        retained: λ `[rank]`, the share of information that is retained; all others are 1.
+        damps_mixed: whether mixing counts the damping too, A = (1−ρ) G_V + ρ (G + Λ), rather than
+            A = (1−ρ) G_V + ρ G + Λ.
+    """
+
+    factors: Mapping[str, CholeskyFactor]
+    directions: Tensor
+    retained: Tensor
+    damps_mixed: bool
+
+    def missing(self) -> float:
+        """Largest share of information that hiding takes away, 1 − λ."""
+        return float(1 - self.retained.min()) if len(self.retained) else 0.0
+
+    def stretch(self, mixing: float) -> Tensor:
+        """κ `[rank]`: A_ρ in units of the damped full geometry, with the mixing it needs."""
+        mixing = max(mixing, self.least_mixing())
+        return (1 - mixing) * self.retained + mixing
+
+    def least_mixing(self) -> float:
+        """The smallest mixing for which A_ρ is safely positive; 0 unless λ has negative entries."""
+        worst = float(self.retained.min()) if len(self.retained) else 1.0
+        return 2 * -worst / (1 - worst) if worst < 0 else 0.0
+
+    def solve(self, gradients: Mapping[str, Tensor], mixing: float) -> dict[str, Tensor]:
+        """A_ρ⁻¹ g.
+
+        Args:
+            gradients: g by block, `[count, size]`.
+            mixing: ρ.
+
+        Returns:
+            The solution by block, `[count, size]`.
+        """
+        parts = {name: factor.whiten(gradients[name]) for name, factor in self.factors.items()}
+        white = torch.cat([part.flatten() for part in parts.values()]).to(self.directions)
+        coefficients = (1 / self.stretch(mixing) - 1) * (white @ self.directions)
+        solved = white + self.directions @ coefficients
+        pieces = solved.split([part.numel() for part in parts.values()])
+        found = {}
+        for (name, factor), piece in zip(self.factors.items(), pieces, strict=True):
+            like = gradients[name]
+            found[name] = factor.unwhiten(piece.reshape(like.shape)).to(like.dtype)
+        return found
+
+
+def sketched(rows: Tensor) -> Tensor:
+    """At most `MAX_ROWS` rows whose Gram matrix has the same expectation: sums with random signs.
+
+    Args:
+        rows: `[rows, width]`.
+
+    Returns:
+        `[at most MAX_ROWS, width]`.
+    """
+    if len(rows) <= MAX_ROWS:
+        return rows
+    signs = torch.randint(2, (len(rows), 1), device=rows.device).to(rows) * 2 - 1
+    found = rows.new_zeros(MAX_ROWS, rows.shape[1])
+    order = torch.arange(len(rows), device=rows.device) % MAX_ROWS
+    return found.index_add_(0, order, rows * signs)
+
+
+def spectrum(average: VisibleAverage, factors: Mapping[str, CholeskyFactor]) -> Spectrum:
+    """Eigenvalues of the visible Fisher in units of the damped full-system one.
+
+    Estimates of G_V and of G − G_V have eigenvalues between 0 and 1, as the true ones do; those of
+    the observed information are left as they are. A few rows are shrunk towards no missing
+    information at all, by the share of their squared norm that is not noise (Ledoit & Wolf 2004).
+
+    Args:
+        average: the estimate.
+        factors: Cholesky factors of its blocks, in the order of its columns.
+
+    Returns:
+        The spectrum, in float64.
+    """
+    if average.matrix is not None:
+        half = _whitened(average.matrix, factors)
+        values, directions = torch.linalg.eigh(_symmetric(_whitened(half.mT, factors)))
+        missing = values if average.kind == "missing" else 1 - values
+    else:
+        assert average.rows is not None
+        rows = _whitened(average.rows, factors)
+        values, vectors = torch.linalg.eigh(_symmetric(rows @ rows.mT))
+        seen = values > _NEGLIGIBLE
+        values, vectors = values[seen], vectors[:, seen]
+        directions = rows.mT @ vectors / values.sqrt()
+        missing = values * _signal_share(rows, values, average.num_dreams)
+    if average.kind != "observed":
+        missing = missing.clamp(0, 1)
+    kept = missing.abs() > _NEGLIGIBLE
+    return Spectrum(
+        dict(factors), directions[:, kept], 1 - missing[kept], average.kind != "missing"
+    )
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2
+
+
+def _whitened(rows: Tensor, factors: Mapping[str, CholeskyFactor]) -> Tensor:
+    """R L⁻ᵀ of rows `[rows, width]`, in float64."""
+    shapes = [factor.lower.shape[:2] for factor in factors.values()]
+    parts = rows.split([shape.numel() for shape in shapes], 1)
+    return torch.cat(
+        [
+            factor.whiten(part.unflatten(1, shape)).flatten(1).double()
+            for factor, shape, part in zip(factors.values(), shapes, parts, strict=True)
+        ],
+        1,
+    )
+
+
+def _signal_share(rows: Tensor, values: Tensor, num_dreams: float) -> float:
+    """Share of ‖RᵀR‖² that is not sampling noise, 1 where dreams are many.
+
+    The rows are independent, so that the noise of their sum is about Σ ‖r‖⁴ − ‖RᵀR‖² / n.
+    """
+    total = float(values.square().sum())
+    if num_dreams >= ENOUGH * rows.shape[1] or total == 0:
+        return 1.0
+    noise = float(rows.square().sum(1).square().sum()) - total / len(rows)
+    return max(0.0, 1 - max(noise, 0.0) / total)
+
+
+ENOUGH = 3
+"""Dreams per parameter entry from which on no shrinkage is needed."""

@@ -1,0 +1,430 @@
+"""Estimates of the visible Fisher information, from dreams or by enumeration.
+
+Fisher's identity: s_V(v) = E_{p(h|v)}[s(v, h)], and G_V = G − E_v Cov_{p(h|v)}[s]. For a dream
+(v, h_1) ~ p and guide draws h_k ~ q(h|v), k = 2..K, with weights w_k ∝ p(v, h_k) / q(h_k|v) that
+sum to 1 for each datum, the weighted mean ŝ = Σ_k w_k s(v, h_k) satisfies for any guide and any K
+
+    E[ŝ | v] = s_V(v),    G_V ⪯ E[ŝ ŝᵀ] ⪯ G:
+
+the particles are exchangeable when the dream's own h has a random place among them, so that an
+index drawn with probabilities w picks an exact posterior draw. A bad guide lets all weight fall on
+the dream's own h; the missing information then seems to be zero, and the metric that of the full
+geometry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, prod
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pyronat.curvature import Factor, Plan, observe
+from pyronat.districts import DistrictPlan, Part
+from pyronat.dreams import Dream, GuideOnDream, draw, posterior_marginals, run_model
+from pyronat.errors import BlockTooLarge
+from pyronat.geometry import Visible
+from pyronat.importance import DatumPlates
+from pyronat.records import Run
+from pyronat.scores import BlockColumns, Slots, datum_scores, element_weights
+from pyronat.spectrum import ENOUGH, Kind, VisibleAverage, sketched
+from pyronat.tracing import Program
+
+MAX_DENSE_WIDTH = 512
+"""Parameter entries of a district up to which its visible Fisher is kept as a matrix."""
+
+MANY = 10
+"""Dreams per parameter entry from which on the direct estimate is the better one."""
+
+MAX_RUNS = 20
+"""Runs of the model at a refresh, where `num_dreams` is not given."""
+
+_CHUNK_BYTES = 2**27
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Hidden values that stand for the posterior of some data, with their scores.
+
+    Attributes:
+        scores: s `[particles, data, width]`.
+        weights: w `[particles, data]`, summing to 1 for each datum.
+    """
+
+    scores: Tensor
+    weights: Tensor
+
+    def mean(self) -> Tensor:
+        """ŝ = Σ_k w_k s_k `[data, width]`."""
+        return torch.einsum("kb,kbp->bp", self.weights, self.scores)
+
+    def deviations(self, debias: bool) -> Tensor:
+        """Rows √(f w_k) (s_k − ŝ) `[particles, data, width]`: the posterior covariance of s.
+
+        With `debias` the factor f = 1 / (1 − Σ_k w_k²), at most 2, makes up for the mean being
+        taken over the same particles.
+        """
+        factor = self.weights
+        if debias:
+            factor = factor * (1 / (1 - self.weights.square().sum(0))).clamp(max=2)
+        return factor.sqrt().unsqueeze(-1) * (self.scores - self.mean())
+
+
+def normalized(log_weights: Tensor) -> Tensor:
+    """Weights of the particles of each datum `[particles, data]`, from log p − log q in nats."""
+    return log_weights.softmax(0)
+
+
+@dataclass(frozen=True)
+class ExactPosterior:
+    """Posterior means of the scores of some data, and the scores of their own hidden values.
+
+    Attributes:
+        visible: s_V = E_{p(h|v)}[s] `[data, width]`.
+        own: s(v, h_1) `[data, width]`.
+    """
+
+    visible: Tensor
+    own: Tensor
+
+    def mean(self) -> Tensor:
+        """s_V `[data, width]`."""
+        return self.visible
+
+    def deviations(self, debias: bool) -> Tensor:
+        """Rows s_1 − s_V `[1, data, width]`, whose covariance is that of the posterior exactly."""
+        return (self.own - self.visible).unsqueeze(0)
+
+
+Evidence: TypeAlias = Particles | ExactPosterior
+
+
+@dataclass(frozen=True)
+class Design:
+    """How the visible Fisher of one district is estimated at a refresh.
+
+    Attributes:
+        district: the district.
+        columns: its blocks.
+        num_dreams: dreams wanted for each of its parts.
+        effective: dreams that the running average amounts to.
+        kind: what is estimated.
+        dense: whether the estimate is kept as a matrix.
+    """
+
+    district: DistrictPlan
+    columns: BlockColumns
+    num_dreams: int
+    effective: float
+    kind: Kind
+    dense: bool
+
+
+def design(
+    geometry: Visible, plan: Plan, district: DistrictPlan, per_run: int, decay: float
+) -> Design:
+    """Decides how a district is estimated.
+
+    Args:
+        geometry: the options.
+        plan: plan of the model.
+        district: the district.
+        per_run: data in one run of the model, of the part that has fewest.
+        decay: weight of the past in the running average.
+
+    Returns:
+        The design.
+
+    Raises:
+        BlockTooLarge: if a matrix is asked for that is too large.
+    """
+    width = district.size
+    wanted = geometry.num_dreams or max(200, min(per_run, 100 * width))
+    if geometry.num_dreams is None:
+        wanted = min(wanted, MAX_RUNS * per_run)
+    effective = wanted * (1 + decay) / (1 - decay)
+    direct = geometry.estimator == "direct"
+    if geometry.estimator == "auto":
+        direct = width <= MAX_DENSE_WIDTH and effective >= MANY * width
+    if direct and width > MAX_DENSE_WIDTH:
+        raise BlockTooLarge(
+            f"the district of {district.name} has {width} parameter entries, at most "
+            f"{MAX_DENSE_WIDTH} are kept as a matrix; use Visible(estimator='subtractive')"
+        )
+    return Design(
+        district=district,
+        columns=columns_of(plan, district),
+        num_dreams=wanted,
+        effective=effective,
+        kind="visible" if direct else "missing",
+        dense=direct or (width <= MAX_DENSE_WIDTH and effective >= ENOUGH * width),
+    )
+
+
+def columns_of(plan: Plan, district: DistrictPlan) -> BlockColumns:
+    """Columns of a district's scores."""
+    return BlockColumns({name: plan.blocks[name] for name in district.blocks})
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one refresh says about the visible geometry.
+
+    Attributes:
+        averages: estimate by district.
+        ess: effective sample sizes of the particles of all dreams `[dreams]`; empty where the
+            posterior is exact.
+    """
+
+    averages: dict[str, VisibleAverage]
+    ess: Tensor
+
+
+def measure_visible(
+    geometry: Visible,
+    plan: Plan,
+    districts: Sequence[DistrictPlan],
+    dreamer: Dreamer,
+    decay: float,
+) -> Measurement:
+    """Estimates the visible Fisher of each district from dreams.
+
+    Args:
+        geometry: the options.
+        plan: plan of the model.
+        districts: the districts.
+        dreamer: gives dreams and what stands for their posterior.
+        decay: weight of the past in the running average.
+
+    Returns:
+        The estimates, in the units of the loss.
+    """
+    night = dreamer.dream()
+    designs = [
+        design(geometry, plan, district, min(map(night.num_data, district.parts)), decay)
+        for district in districts
+    ]
+    sums = [_Sum(one) for one in designs]
+    ess: list[Tensor] = []
+    runs = max(
+        ceil(one.num_dreams / night.num_data(part))
+        for one in designs
+        for part in one.district.parts
+    )
+    for number in range(runs):
+        night = dreamer.dream() if number else night
+        for total in sums:
+            ess += total.add(night)
+    averages = {total.design.district.name: total.average() for total in sums}
+    return Measurement(averages, torch.cat(ess) if ess else torch.empty(0))
+
+
+class _Sum:
+    """Adds up the estimate of one district over runs."""
+
+    def __init__(self, design: Design) -> None:
+        self.design = design
+        self._taken = {part.sites: 0 for part in design.district.parts}
+        self._rows: list[Tensor] = []
+        self._matrix: Tensor | None = None
+
+    def add(self, night: Night) -> list[Tensor]:
+        """Adds the dreams of one run that are still wanted; effective sample sizes of its parts."""
+        ess = []
+        for part in self.design.district.parts:
+            if not part.hidden and self.design.kind == "missing":
+                continue
+            count = night.num_data(part)
+            left = self.design.num_dreams - self._taken[part.sites]
+            chosen = torch.randperm(count)[:left].sort().values
+            self._taken[part.sites] += len(chosen)
+            # Each dream stands for an equal share of the data of a run.
+            weight = count / self.design.num_dreams
+            weights = night.weights(part)
+            if weights is not None and len(chosen):
+                ess.append(1 / weights[:, chosen].square().sum(0))
+            for some in chosen.split(self._chunk(night)):
+                rows = self._rows_of(night.evidence(part, self.design.columns, some))
+                self._keep(rows * weight**0.5)
+        return ess
+
+    def _chunk(self, night: Night) -> int:
+        bytes_each = 8 * self.design.columns.width * night.num_particles
+        return max(_CHUNK_BYTES // max(bytes_each, 1), 1)
+
+    def _rows_of(self, evidence: Evidence) -> Tensor:
+        if self.design.kind == "visible":
+            return evidence.mean()
+        enough = self.design.effective >= 5 * self.design.columns.width
+        rows = evidence.deviations(debias=enough)
+        if self.design.dense or len(rows) == 1:
+            return rows.flatten(0, 1)
+        # One row for each dream, of the same covariance: random signs.
+        signs = torch.randint(2, rows.shape[:2]).to(rows) * 2 - 1
+        return torch.einsum("kb,kbp->bp", signs, rows)
+
+    def _keep(self, rows: Tensor) -> None:
+        if self.design.dense:
+            gram = rows.mT @ rows
+            self._matrix = gram if self._matrix is None else self._matrix + gram
+        else:
+            self._rows.append(rows)
+
+    def average(self) -> VisibleAverage:
+        """The estimate."""
+        rows = torch.cat(self._rows) if self._rows else None
+        kept = None if rows is None else sketched(rows)
+        return VisibleAverage(self.design.kind, self._matrix, kept, float(self.design.num_dreams))
+
+
+class Night:
+    """One run of dreams, with what stands for the posterior of their hidden values.
+
+    Args:
+        dream: the run.
+        runs: factors of the dream, then those of the runs on other hidden values: one for each
+            guide draw, or one with all values enumerated.
+        guide_runs: the guide on the hidden values of every run; none where they are enumerated.
+        model_runs: the model on the same values.
+        marginals: posterior weights by site of the enumerated run, or None.
+    """
+
+    def __init__(
+        self,
+        dream: Dream,
+        runs: Sequence[Sequence[Factor]],
+        guide_runs: Sequence[Run],
+        model_runs: Sequence[Run],
+        marginals: Mapping[str, Tensor] | None,
+    ) -> None:
+        self._dream, self._runs, self._marginals = dream, runs, marginals
+        self._guide_runs, self._model_runs = guide_runs, model_runs
+        self._records = {record.name: record for record in dream.run.records}
+        self._weights: dict[Part, Tensor] = {}
+
+    @property
+    def num_particles(self) -> int:
+        """Score matrices that are held at once."""
+        return len(self._runs)
+
+    def num_data(self, part: Part) -> int:
+        """Independent data of a part."""
+        return prod(self._sizes(part))
+
+    def _plates(self, part: Part) -> DatumPlates:
+        stack = self._records[part.sites[0]].plates
+        plates = [replace(plate, scale=1.0) for plate in stack if plate.name in part.replicates]
+        return DatumPlates(tuple(sorted(plates, key=lambda plate: plate.dim)))
+
+    def _sizes(self, part: Part) -> list[int]:
+        shape = self._records[part.sites[0]].distribution.batch_shape
+        return [shape[plate.dim] for plate in self._plates(part).plates]
+
+    def weights(self, part: Part) -> Tensor | None:
+        """Weights of the particles `[particles, data]`, or None where the posterior is exact."""
+        if not self._guide_runs or not part.hidden:
+            return None
+        if part not in self._weights:
+            plates = self._plates(part)
+
+            def log_prob(run: Run, names: Sequence[str]) -> Tensor:
+                records = [replace(r, scale=1.0) for r in run.records if r.name in names]
+                return plates.log_prob(records).detach().reshape(-1)
+
+            log_weights = [
+                log_prob(p, part.sites) - log_prob(q, part.hidden)
+                for p, q in zip(self._model_runs, self._guide_runs, strict=True)
+            ]
+            self._weights[part] = normalized(torch.stack(log_weights))
+        return self._weights[part]
+
+    def evidence(self, part: Part, columns: BlockColumns, data: Tensor) -> Evidence:
+        """Scores of some data of a part.
+
+        Args:
+            part: the part.
+            columns: the blocks.
+            data: numbers of the data `[data]`.
+
+        Returns:
+            What stands for their posterior.
+        """
+        numbers = torch.full((self.num_data(part),), -1)
+        numbers[data] = torch.arange(len(data))
+        slots = Slots(self._plates(part), numbers.reshape(self._sizes(part)), len(data))
+
+        def scores(factors: Sequence[Factor], marginals: Mapping[str, Tensor]) -> Tensor:
+            weighted = [
+                (f, element_weights(f.record) * marginals.get(f.record.name, 1.0))
+                for f in factors
+                if f.record.name in part.sites and f.block in columns.blocks
+            ]
+            return datum_scores(weighted, slots, columns)
+
+        own = scores(self._runs[0], {})
+        if not part.hidden:
+            return ExactPosterior(own, own)
+        if self._marginals is not None:
+            return ExactPosterior(scores(self._runs[1], self._marginals), own)
+        weights = self.weights(part)
+        assert weights is not None
+        others = [scores(factors, {}) for factors in self._runs[1:]]
+        return Particles(torch.stack([own, *others]), weights[:, data])
+
+
+@dataclass(frozen=True)
+class Dreamer:
+    """Makes dreams of one model.
+
+    Attributes:
+        geometry: the options.
+        plan: plan of the model.
+        guide_plan: plan of the guide, or None where it is not needed.
+        model: the model.
+        guide: the guide, or None.
+        args: arguments of both.
+        kwargs: keyword arguments of both.
+    """
+
+    geometry: Visible
+    plan: Plan
+    guide_plan: Plan | None
+    model: Program
+    guide: Program | None
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    def dream(self) -> Night:
+        """Runs the model forward once, and what its posterior needs.
+
+        Returns:
+            The dreams.
+
+        Raises:
+            UnknownStructure: if a program took a branch that is not known.
+        """
+        dream = draw(self.model, self.args, self.kwargs)
+        own = self._observed(dream.run)
+        if self.geometry.posterior == "enumerate":
+            found = posterior_marginals(self.model, self.args, self.kwargs, dream)
+            return Night(dream, [own, self._observed(found.run)], [], [], found.weights)
+        assert self.guide is not None and self.guide_plan is not None
+        on_dream = GuideOnDream(self.guide, self.args, self.kwargs, dream)
+        guide_runs = [on_dream.on_own()]
+        guide_runs += [on_dream.drawn() for _ in range(self.geometry.num_particles - 1)]
+        model_runs, factors = [dream.run], [own]
+        for run in guide_runs:
+            self.guide_plan.program.check(run.records, run.params)
+        for run in guide_runs[1:]:
+            hidden = {record.name: record.value for record in run.records}
+            model_run = run_model(self.model, self.args, self.kwargs, dream, hidden)
+            model_runs.append(model_run)
+            factors.append(self._observed(model_run))
+        return Night(dream, factors, guide_runs, model_runs, None)
+
+    def _observed(self, run: Run) -> list[Factor]:
+        self.plan.program.check(run.records, run.params)
+        return observe(run.records, self.plan, run.params)

@@ -561,13 +561,14 @@ def run_lbfgs(problem: Problem, track: Track) -> None:
 
 
 def natural_optim(
-    geometry: pyronat.geometry.Geometry, damping: Any = None
+    geometry: pyronat.Full | pyronat.Visible, damping: Any = None, decay: float = 0.0
 ) -> pyronat.NaturalGradient:
-    """The natural gradient with rate 1 and curvature measured anew at every step.
+    """The natural gradient with rate 1 and curvature measured at every step.
 
     Args:
         geometry: The metric.
         damping: The rule for the damping; by default only as much as redundant coordinates need.
+        decay: Weight of past measurements, for those that are random.
 
     Returns:
         The optimizer.
@@ -576,7 +577,7 @@ def natural_optim(
         lr=1.0,
         geometry=geometry,
         damping=damping or pyronat.steps.ConstantDamping(0.0, relative=1e-9),
-        curvature=pyronat.steps.RunningAverage(decay=0.0, refresh=1),
+        curvature=pyronat.steps.RunningAverage(decay=decay, refresh=1),
     )
 
 
@@ -608,7 +609,8 @@ def run_visible(problem: Problem, track: Track) -> None:
         optim = natural_optim(pyronat.Full("exact"), adaptive)
         run_natural(problem, track, problem.collapsed, optim, Trace_ELBO())
         return
-    optim = natural_optim(pyronat.Visible(mixing=adaptive, posterior="enumerate"))
+    geometry = pyronat.Visible(mixing=adaptive, posterior="enumerate")
+    optim = natural_optim(geometry, decay=0.8)
     loss = TraceEnum_ELBO(max_plate_nesting=1)
     run_natural(problem, track, problem.net.model, optim, loss)
 

@@ -9,7 +9,7 @@ from pyronat.graph import BayesNet, District, Site
 from pyronat.infer import NaturalSVI, StepInfo
 from pyronat.optim import NaturalGradient
 from pyronat.rws import ReweightedWakeSleep
-from pyronat.study import Fisher, fisher
+from pyronat.study import Fisher, VisibleFisher, fisher
 
 __all__ = [
     "BayesNet",
@@ -25,6 +25,7 @@ __all__ = [
     "Site",
     "StepInfo",
     "Visible",
+    "VisibleFisher",
     "analyze",
     "fisher",
     "steps",

@@ -222,6 +222,13 @@ class Marginals:
     weights: dict[str, Tensor]
 
 
+class _Unscaled(Messenger):
+    """Undoes the scales of all sites: they change the loss, not the posterior."""
+
+    def _pyro_sample(self, message: dict[str, Any]) -> None:
+        message["scale"] = 1.0
+
+
 class _Keep:
     """Keeps the one model trace that a loss makes."""
 
@@ -240,7 +247,8 @@ def posterior_marginals(
 ) -> Marginals:
     """Exact posterior marginals of all hidden sites given the visible values of a dream.
 
-    p(h_r = j | v) = ∂ log p(v) / ∂ log p(h_r = j | pa), from variable elimination by `TraceEnum_ELBO`.
+    p(h_r = j | v) = ∂ log p(v) / ∂ log p(h_r = j | pa), by the variable elimination of Pyro's
+    `TraceEnum_ELBO`.
 
     Args:
         model: the model.
@@ -255,19 +263,19 @@ def posterior_marginals(
         NotEnumerable: if a hidden site has infinitely many values.
     """
     hidden = [record for record in dream.run.records if record.name not in dream.visible]
-    infinite = [record for record in hidden if not record.distribution.has_enumerate_support]
-    if infinite:
+    whole = [record.name for record in hidden if not record.distribution.has_enumerate_support]
+    if whole:
         raise NotEnumerable(
-            f"hidden site {infinite[0].name!r} has infinitely many values; use "
-            "Visible(posterior='guide')"
+            f"hidden site {whole[0]!r} cannot be enumerated: it is continuous, or joins several "
+            "units by to_event; use Visible(posterior='guide'), or a site for each unit"
         )
     nesting = max((len(r.distribution.batch_shape) for r in dream.run.records), default=0)
-    values = dream.values
+    values, originals = dream.values, {record.name: record for record in dream.run.records}
     given = fixed_values({name: values[name] for name in dream.visible}, observed=True)
     loss, kept = TraceEnum_ELBO(max_plate_nesting=nesting), _Keep()
 
     def enumerated(*args: Any, **kwargs: Any) -> None:
-        with given:
+        with _Unscaled(), given:
             unconditioned(model)(*args, **kwargs)
 
     def empty_guide(*args: Any, **kwargs: Any) -> None:
@@ -276,20 +284,34 @@ def posterior_marginals(
     with quietly(), _Subsamples(dream.subsamples), watch_traces(loss, kept):
         total = loss.differentiable_loss(config_enumerate(enumerated), empty_guide, *args, **kwargs)
     records, params = records_of(kept.traces[0]), params_of(kept.traces[0])
+    _check_broadcast(records, originals)
     attached = [r for r in records if r.log_prob is not None and r.log_prob.requires_grad]
     found = torch.autograd.grad(-total, [_log_prob(r) for r in attached], retain_graph=True)
-    weights = {
-        record.name: _unscaled(gradient, record)
-        for record, gradient in zip(attached, found, strict=True)
-    }
-    return Marginals(Run(records, params), weights)
+    weights = {record.name: part for record, part in zip(attached, found, strict=True)}
+    scaled = [replace(record, scale=originals[record.name].scale) for record in records]
+    return Marginals(Run(tuple(scaled), params), weights)
+
+
+def _check_broadcast(records: Sequence[SiteRecord], originals: Mapping[str, SiteRecord]) -> None:
+    """Refuses programs that take enumerated dimensions for their own.
+
+    Args:
+        records: sites of an enumerated run.
+        originals: the same sites of a run without.
+
+    Raises:
+        NotEnumerable: naming the site.
+    """
+    for record in records:
+        event, own = record.distribution.event_shape, originals[record.name].distribution
+        if event != own.event_shape:
+            raise NotEnumerable(
+                f"site {record.name!r} has event shape {tuple(event)} where values are enumerated, "
+                f"{tuple(own.event_shape)} else: write the model so that it broadcasts over "
+                "dimensions on the left, or use Visible(posterior='guide')"
+            )
 
 
 def _log_prob(record: SiteRecord) -> Tensor:
     assert record.log_prob is not None
     return record.log_prob
-
-
-def _unscaled(gradient: Tensor, record: SiteRecord) -> Tensor:
-    scale = torch.as_tensor(record.scale, dtype=gradient.dtype, device=gradient.device)
-    return torch.where(scale > 0, gradient / scale, torch.zeros_like(gradient))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from pyronat.errors import NotEnumerable
 from pyronat.families import groups, peel
 from pyronat.records import Run, SiteRecord
-from pyronat.tracing import Program, dream, in_plate, quietly, run_on
+from pyronat.tracing import OneElement, Program, in_plate, quietly, run_on
 
 MAX_STATES = 2**16
 """Joint states that an exact expectation may enumerate."""
@@ -49,8 +50,8 @@ def enumerate_parents(
 ) -> list[WeightedRun]:
     """Runs a program on all joint values of some discrete sites.
 
-    All states are stacked leftmost in one run, in a plate. A program that does not broadcast over
-    a leading dimension, as two single states show, is run once for each state.
+    Shared plates are cut to one element that stands for all, unless the program tells elements
+    apart: by their indices, or by arguments and parameters that do not broadcast to one element.
 
     Args:
         program: model or guide.
@@ -62,12 +63,48 @@ def enumerate_parents(
 
     Returns:
         One run with all states, or one for each state.
+    """
+    if shared:
+        cut = OneElement(shared)
+        try:
+            runs = _enumerated(program, args, kwargs, parents, shared, cut)
+            if runs[0].stacked and not cut.told_apart:
+                return runs
+        except (RuntimeError, ValueError, IndexError):
+            pass
+    return _enumerated(program, args, kwargs, parents, shared, nullcontext())
+
+
+def _enumerated(
+    program: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    parents: frozenset[str],
+    shared: frozenset[str],
+    context: AbstractContextManager[Any],
+) -> list[WeightedRun]:
+    """Runs a program on all joint values of some discrete sites, in a context.
+
+    All states are stacked leftmost in one run, in a plate. A program that does not broadcast over
+    a leading dimension, as two single states show, is run once for each state.
+
+    Args:
+        program: model or guide.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        parents: the sites to enumerate; all others are integrated by their families.
+        shared: plates around all sites whose elements are independent; they take the same states
+            all at once, each element with the probabilities that they have there.
+        context: of all runs.
+
+    Returns:
+        One run with all states, or one for each state.
 
     Raises:
         NotEnumerable: if a parent is continuous or masked, or the states are too many.
     """
-    with quietly(), torch.random.fork_rng():
-        prototype = dream(program, args, kwargs).records
+    with quietly(), torch.random.fork_rng(), context:
+        prototype = run_on(program, args, kwargs, {}).records
         dims = _dims_of(prototype, shared)
         cells = [_cells(record, dims) for record in prototype if record.name in parents]
         states = prod(len(support) ** prod(shape) for support, shape in cells)

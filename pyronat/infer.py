@@ -424,7 +424,7 @@ class NaturalSVI:
             step=self.optim.step_count,
             loss=loss,
             accepted=trial.accepted,
-            lr=self.optim.lr(self.optim.step_count) * trial.used.scale,
+            lr=self.optim.step_length(trial.used),
             **dict(zip(names, values, strict=True)),
             jitter=jitter,
             mixing=self.optim.mixing(trial.used),

@@ -74,7 +74,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
     information, or excluded by name go to `others`, with the gradient of the same backward pass.
 
     Args:
-        lr: learning rate, or a schedule from step number to rate.
+        lr: learning rate, or a schedule from step number to rate. An adaptive rule
+            (`steps.LevenbergMarquardt`) sets the length of natural steps itself.
         geometry: metric of the model.
         guide_geometry: metric of the guide. By default `Full()` if all its sites are of a
             reparametrized continuous family, else `Euclidean()`: the gradient of an amortized
@@ -162,6 +163,10 @@ class NaturalGradient(pyro.optim.PyroOptim):
         if isinstance(mixing, LevenbergMarquardt):
             return caution.value
         return float(mixing(self.step_count)) if callable(mixing) else float(mixing)
+
+    def step_length(self, caution: Caution) -> float:
+        """Factor on natural gradients: the learning rate, or what an adaptive rule says."""
+        return self.lr(self.step_count) if self.rule is None else caution.scale
 
     # Structure
 
@@ -336,7 +341,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             The step; nothing has been changed.
         """
         caution = caution or self.caution
-        lr = self.lr(self.step_count) * caution.scale
+        lr = self.step_length(caution)
         directions: dict[str, Tensor] = {}
         products: list[Tensor] = []
         for role, side in sides.items():
@@ -355,7 +360,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             for name, reach in side.reach().items() if not side.natural else ():
                 if kinds.get(name) == "scaled":
                     changes[name], moments[name] = self.scaled_adam.step(
-                        gradients[name], reach, lr, self._moments.get(name)
+                        gradients[name], reach, self.lr(self.step_count), self._moments.get(name)
                     )
         return Proposal(changes, moments, scalars)
 

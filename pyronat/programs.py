@@ -178,11 +178,14 @@ def with_all_branches(
 
     Raises:
         StructureChanged: if there is no end of new structures.
+        UnknownStructure: if another program that the work runs took a branch that is not known.
     """
     for _ in range(MAX_BRANCHES):
         try:
             return work(known)
         except UnknownStructure as unknown:
+            if unknown.known is not known:
+                raise  # of another program that takes part in the work
             known = learn(unknown, program, args, kwargs)
     raise StructureChanged(f"the program took {MAX_BRANCHES} branches that were all new")
 

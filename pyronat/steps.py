@@ -133,12 +133,17 @@ class Caution:
 
 @dataclass(frozen=True)
 class LevenbergMarquardt:
-    """Adapts one number to the ratio of actual to predicted gain; steps without gain are undone.
+    """Adapts a number and the length of steps to how well gains are predicted.
 
     As `Visible(mixing=LevenbergMarquardt())` the number is ρ, as
     `NaturalGradient(damping=LevenbergMarquardt())` it is the damping relative to the mean diagonal
-    of a unit. It judges a step by the loss that made it, on common random numbers: right for whole
-    data sets and exact losses, too optimistic for minibatches.
+    of a unit. A step of length η is predicted to gain (η − η²/2) gᵀA⁻¹g nats. The ratio r of actual
+    to predicted gain moves the number, and it tells the curvature of the loss along the step in
+    units of the metric, h = (2 − r (2 − η)) / η; the next step has length 1/h. Steps without gain
+    are undone.
+
+    It judges a step by the loss that made it, on common random numbers: right for whole data sets
+    and exact losses, too optimistic for minibatches.
 
     Attributes:
         initial: the number at the start.
@@ -147,6 +152,8 @@ class LevenbergMarquardt:
         good: ratios above this make it shrink by 5.
         rejected: ratios up to this undo the step, and the number grows by 4; at 1, the step is
             halved instead.
+        shortest: lower bound on η after a step that was kept.
+        longest: upper bound on η.
         max_tries: steps that are tried with one gradient.
     """
 
@@ -155,6 +162,8 @@ class LevenbergMarquardt:
     poor: float = 0.25
     good: float = 0.6
     rejected: float = 0.05
+    shortest: float = 0.4
+    longest: float = 1.6
     max_tries: int = 25
 
     def start(self) -> Caution:
@@ -179,9 +188,12 @@ class LevenbergMarquardt:
             if now.value < 1:
                 return Caution(min(1.0, 4 * now.value), now.scale)
             return Caution(1.0, now.scale / 2)
+        curvature = (2 - ratio * (2 - now.scale)) / now.scale
+        best = 1 / curvature if curvature > 0 else self.longest
+        scale = min(max(best, self.shortest), self.longest)
         if ratio > self.good:
-            return Caution(max(now.value / 5, self.smallest))
-        return Caution(min(1.0, 2.5 * now.value) if ratio < self.poor else now.value)
+            return Caution(max(now.value / 5, self.smallest), scale)
+        return Caution(min(1.0, 2.5 * now.value) if ratio < self.poor else now.value, scale)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyronat.dataflow import Dataflow
 from pyronat.families import peel
@@ -249,6 +250,47 @@ def run_on(
     with _Outermost(visit):
         trace = poutine.trace(unconditioned(program)).get_trace(*args, **kwargs)
     return Run(records_of(trace), params_of(trace))
+
+
+class _Watched(Tensor):
+    """Indices of a plate that remember whether anything was computed from them."""
+
+    uses: list[str]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Notes every use but questions for the size."""
+        name = getattr(func, "__name__", "")
+        if name not in {"size", "__len__", "__get__", "dim"}:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, _Watched):
+                    leaf.uses.append(name)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class OneElement(Messenger):
+    """In this context plates have their first element alone, scaled to stand for all.
+
+    Args:
+        plates: names of the plates; those whose subsample the program chooses stay as they are.
+    """
+
+    def __init__(self, plates: frozenset[str]) -> None:
+        super().__init__()
+        self._plates = plates
+        self._uses: list[str] = []
+
+    def _pyro_sample(self, message: dict[str, Any]) -> None:
+        if message["name"] in self._plates and type(message["fn"]).__name__ == "_Subsample":
+            indices = torch.zeros(1, dtype=torch.int64).as_subclass(_Watched)
+            indices.uses = self._uses
+            _set_value(message, indices)
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the program has used an index, so that elements may differ."""
+        return bool(self._uses)
 
 
 def in_plate(program: Program, size: int, dim: int) -> Program:

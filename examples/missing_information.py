@@ -560,45 +560,32 @@ def run_lbfgs(problem: Problem, track: Track) -> None:
     Lbfgs(problem, track).run()
 
 
-def natural_optim(
-    geometry: pyronat.Full | pyronat.Visible, damping: Any = None, decay: float = 0.0
-) -> pyronat.NaturalGradient:
-    """The natural gradient with rate 1 and curvature measured at every step.
-
-    Args:
-        geometry: The metric.
-        damping: The rule for the damping; by default only as much as redundant coordinates need.
-        decay: Weight of past measurements, for those that are random.
-
-    Returns:
-        The optimizer.
-    """
-    return pyronat.NaturalGradient(
-        lr=1.0,
-        geometry=geometry,
-        damping=damping or pyronat.steps.ConstantDamping(0.0, relative=1e-9),
-        curvature=pyronat.steps.RunningAverage(decay=decay, refresh=1),
-    )
-
-
 def run_full(problem: Problem, track: Track) -> None:
-    """Takes steps along the full natural gradient of a program with discrete hidden variables.
+    """Takes unit steps along the full natural gradient of a program with discrete hidden variables.
 
-    Its Fisher information weighs hidden variables by their exact posterior at the data, as EM does.
+    Its Fisher information weighs hidden variables by their exact posterior at the data, as EM does;
+    it is damped only as much as redundant coordinates need.
 
     Args:
         problem: The problem.
         track: The path to extend.
     """
-    optim = natural_optim(pyronat.Full("posterior"))
+    optim = pyronat.NaturalGradient(
+        lr=1.0,
+        geometry=pyronat.Full("posterior"),
+        damping=pyronat.steps.ConstantDamping(0.0, relative=1e-9),
+        curvature=pyronat.steps.RunningAverage(decay=0.0, refresh=1),
+    )
     loss = TraceEnum_ELBO(max_plate_nesting=1)
     run_natural(problem, track, problem.net.model, optim, loss)
 
 
 def run_visible(problem: Problem, track: Track) -> None:
-    """Takes steps along the visible natural gradient.
+    """Takes steps along the visible natural gradient, with defaults.
 
-    The full geometry of a program without hidden variables is the visible one.
+    The metric is exact where all values of hidden and visible variables can be enumerated; where
+    the data are continuous it comes from dreams with enumerated posteriors. The full geometry of a
+    program without hidden variables is the visible one.
 
     Args:
         problem: The problem.
@@ -606,11 +593,12 @@ def run_visible(problem: Problem, track: Track) -> None:
     """
     adaptive = pyronat.steps.LevenbergMarquardt()
     if problem.collapsed is not None:
-        optim = natural_optim(pyronat.Full("exact"), adaptive)
+        optim = pyronat.NaturalGradient(geometry=pyronat.Full("exact"), damping=adaptive)
         run_natural(problem, track, problem.collapsed, optim, Trace_ELBO())
         return
-    geometry = pyronat.Visible(mixing=adaptive, posterior="enumerate")
-    optim = natural_optim(geometry, decay=0.8)
+    continuous = isinstance(problem.net, mixture.GaussianMixture)
+    geometry = pyronat.Visible(adaptive, posterior="enumerate" if continuous else "exact")
+    optim = pyronat.NaturalGradient(geometry=geometry)
     loss = TraceEnum_ELBO(max_plate_nesting=1)
     run_natural(problem, track, problem.net.model, optim, loss)
 

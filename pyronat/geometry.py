@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from pyronat.steps import LevenbergMarquardt
+from pyronat.steps import HeldOut, LevenbergMarquardt
 
 Source: TypeAlias = Literal["dreams", "posterior", "exact"]
 """Where the parents of a site come from when its Fisher information is averaged."""
@@ -90,7 +90,8 @@ class Visible(Geometry):
 
     Attributes:
         mixing: ρ, a schedule from step number to ρ, or a rule that adapts it:
-            `steps.LevenbergMarquardt`, for losses without noise.
+            `steps.LevenbergMarquardt`, for losses without noise, or `steps.HeldOut`, for
+            minibatches.
         posterior: where p(h|v) comes from,
 
             - "guide": weighted guide draws, the dream's own h among them;
@@ -110,16 +111,19 @@ class Visible(Geometry):
               included, else subtractive;
             - "observed": no dreams but the Hessian of the loss, −∇² log p(v) at the data, for
               singular optima; the loss must be exact.
+        memory: bytes that the scores of dreams may take at once, and the rows that are kept of
+            them in districts too large for a matrix; there may be some times as much for moments.
         full: the full geometry that is mixed in. By default `Full("exact")` for "exact",
             `Full("model")` for "enumerate", else `Full()`.
     """
 
-    mixing: float | Callable[[int], float] | LevenbergMarquardt = 0.1
+    mixing: float | Callable[[int], float] | LevenbergMarquardt | HeldOut = 0.1
     num_particles: int = 10
     num_dreams: int | None = None
     posterior: Posterior = "guide"
     estimator: Estimator = "auto"
     full: Full | None = None
+    memory: int = 2**28
 
     def __post_init__(self) -> None:
         """Checks the options.

@@ -11,21 +11,22 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
-from pyro.util import get_rng_state, set_rng_state
+from pyro.util import get_rng_state
 from torch import Tensor
 
-from pyronat.errors import InvalidData, NonFiniteStep, PyronatError, StructureChanged
+from pyronat.errors import InvalidData, NonFiniteStep, StructureChanged
 from pyronat.expectation import LossObserver, check_simulable
 from pyronat.geometry import Visible
 from pyronat.graph import BayesNet
 from pyronat.guards import all_finite, explained
 from pyronat.loss_traces import watch_traces
-from pyronat.optim import NaturalGradient, Proposal, restore, state_of
+from pyronat.optim import NaturalGradient, restore, state_of
 from pyronat.programs import MAX_BRANCHES, KnownProgram, UnknownStructure, know, learn
+from pyronat.proposals import Proposal
 from pyronat.refresh import Call, Meter
 from pyronat.sides import Role, Side
-from pyronat.steps import Caution
 from pyronat.tracing import params_of, random_state, set_random_state, stored_parameters
+from pyronat.trials import Judge, Trial, Undo, gradient_of
 
 MAX_REJECTED = 3
 """Rejected steps in a row after which training stops with an error."""
@@ -74,27 +75,6 @@ class StepInfo:
     dream_ess: tuple[float, float, float] | None
     refreshed: bool
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """The outcome of one gradient.
-
-    Attributes:
-        proposal: the step, or None if there is none.
-        accepted: whether it was taken.
-        caution: state of the adaptive rule afterwards.
-        used: state of the adaptive rule that the step was made with.
-        tries: steps that were tried.
-        finite: whether the loss, the gradient and one of the steps were finite.
-    """
-
-    proposal: Proposal | None
-    accepted: bool
-    caution: Caution
-    used: Caution
-    tries: int
-    finite: bool
 
 
 class NaturalSVI:
@@ -187,14 +167,15 @@ class NaturalSVI:
         refresh = optim.refresh_due
         observer = self._observer(refresh)
         sides: Mapping[Role, Side] = optim.sides
-        trial = _Trial(None, False, optim.caution, optim.caution, 0, False)
+        trial = Trial(None, False, optim.caution, optim.caution, 0, False)
         with poutine.trace(param_only=True) as capture:
             try:
                 loss = self._backward(observer, call.args, call.kwargs)
                 params = params_of(capture.trace)
-                gradients = {name: _gradient(leaf) for name, leaf in params.items()}
+                gradients = {name: gradient_of(leaf) for name, leaf in params.items()}
                 optim.check_params(gradients)
                 if math.isfinite(loss) and all_finite(gradients.values()):
+                    self._judge(params, loss, call)
                     if refresh:
                         sides = self._refreshed(observer, call, params)
                     sides, trial = self._move(sides, gradients, params, loss, call)
@@ -218,6 +199,15 @@ class NaturalSVI:
         self._dream_ess = reading.ess
         return optim.refreshed(reading.curvature, reading.visible)
 
+    def _judge(self, params: Mapping[str, Tensor], loss: float, call: Call) -> None:
+        """Tries the last step of the model on this batch, where a rule asks for it."""
+        optim = self.optim
+        if optim.held_out is not None and optim.unjudged is not None:
+            gain = Judge(self.model, self.guide, self.loss).gain(optim.unjudged, params, loss, call)
+            predicted = optim.unjudged.predicted
+            optim.caution = optim.held_out.judged(optim.caution, gain, predicted)
+            optim.unjudged = None
+
     def _move(
         self,
         sides: Mapping[Role, Side],
@@ -225,77 +215,31 @@ class NaturalSVI:
         params: Mapping[str, Tensor],
         loss: float,
         call: Call,
-    ) -> tuple[Mapping[Role, Side], _Trial]:
+    ) -> tuple[Mapping[Role, Side], Trial]:
         """Takes the step of a gradient, or under an adaptive rule the first one that gains."""
         optim, rule = self.optim, self.optim.rule
         caution = optim.caution
         if rule is None:
             proposal = optim.propose(sides, gradients)
+            before = optim.watched(proposal, params)
             accepted = self._apply(proposal, params)
-            return sides, _Trial(proposal, accepted, caution, caution, 1, accepted)
-        finite = False
+            optim.unjudged = before if accepted else None
+            return sides, Trial(proposal, accepted, caution, caution, 1, accepted)
+        finite, judge = False, Judge(self.model, self.guide, self.loss)
         for tries in range(1, rule.max_tries + 1):
             sides = optim.with_caution(sides, caution)
             proposal = optim.propose(sides, gradients, caution)
-            undo = _Undo(params, optim)
+            undo = Undo(params, optim)
             ratio = -math.inf
             if self._apply(proposal, params):
                 finite = True
-                ratio = self._gain_ratio(proposal, gradients, params, loss, call)
+                ratio = judge.gain_ratio(proposal, gradients, params, loss, call)
             after = rule.judged(caution, ratio)
             if rule.accepts(ratio):
-                return sides, _Trial(proposal, True, after, caution, tries, True)
+                return sides, Trial(proposal, True, after, caution, tries, True)
             undo()
             caution = after
-        return sides, _Trial(proposal, False, caution, caution, tries, finite)
-
-    def _gain_ratio(
-        self,
-        proposal: Proposal,
-        gradients: Mapping[str, Tensor],
-        params: Mapping[str, Tensor],
-        loss: float,
-        call: Call,
-    ) -> float:
-        """Actual gain of a step that has been taken over the predicted one.
-
-        The gain is measured on the random numbers of the gradient. Where it drowns in rounding, it
-        is the trapezoid ½ (g₀ + g₁)ᵀ d instead, with the gradients before and after the step.
-
-        Args:
-            proposal: the step.
-            gradients: before the step, by parameter.
-            params: unconstrained leaves by name.
-            loss: before the step, in nats.
-            call: arguments and random numbers.
-
-        Returns:
-            The ratio; −∞ where the loss is not finite or cannot be computed.
-        """
-        predicted = float(proposal.scalars["gain"])
-        if not predicted > 0:
-            return -math.inf
-        state = get_rng_state(), random_state()
-        try:
-            call.rewind()
-            after = self.evaluate_loss(*call.args, **call.kwargs)
-            gain = loss - after
-            tiny = 1e-10 * max(1.0, abs(loss))
-            if abs(gain) < tiny and predicted < 100 * tiny:
-                call.rewind()
-                for leaf in params.values():
-                    leaf.grad = None
-                self.loss.loss_and_grads(self.model, self.guide, *call.args, **call.kwargs)
-                gain = -sum(
-                    float(((gradients[name] + _gradient(params[name])) * change).sum()) / 2
-                    for name, change in proposal.changes.items()
-                )
-        except (ValueError, RuntimeError, PyronatError):
-            return -math.inf
-        finally:
-            set_rng_state(state[0])
-            set_random_state(state[1])
-        return gain / predicted if math.isfinite(gain) else -math.inf
+        return sides, Trial(proposal, False, caution, caution, tries, finite)
 
     @property
     def net(self) -> BayesNet | None:
@@ -406,7 +350,7 @@ class NaturalSVI:
         self,
         loss: float,
         sides: Mapping[Role, Side],
-        trial: _Trial,
+        trial: Trial,
         refreshed: bool,
         start: float,
     ) -> StepInfo:
@@ -454,33 +398,12 @@ class NaturalSVI:
             )
 
 
-class _Undo:
-    """Takes parameters and the optimizer of those without a metric back to where they are now."""
-
-    def __init__(self, params: Mapping[str, Tensor], optim: NaturalGradient) -> None:
-        self._before = {name: leaf.detach().clone() for name, leaf in params.items()}
-        self._params = params
-        self._others = optim.other_optimizer()
-        self._state = state_of(self._others)
-
-    def __call__(self) -> None:
-        """Takes them back."""
-        with torch.no_grad():
-            for name, leaf in self._params.items():
-                leaf.copy_(self._before[name])
-        restore(self._others, self._state)
-
-
 def _quantiles(ess: Tensor | None) -> tuple[float, float, float] | None:
     if ess is None or not len(ess):
         return None
     shares = torch.tensor([0.1, 0.5, 0.9], dtype=ess.dtype, device=ess.device)
     low, median, high = ess.quantile(shares).tolist()
     return low, median, high
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _mixed(seed: int, step: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from pyronat.errors import (
 from pyronat.geometry import Euclidean, Full, Geometry, Visible
 from pyronat.graph import BayesNet
 from pyronat.programs import KnownProgram
+from pyronat.proposals import Proposal, Unjudged, step_scalars
 from pyronat.sides import Role, Side, restored_program
 from pyronat.spectrum import VisibleAverage
 from pyronat.steps import (
@@ -30,6 +31,7 @@ from pyronat.steps import (
     Constant,
     ConstantDamping,
     Damping,
+    HeldOut,
     KLTrustRegion,
     LevenbergMarquardt,
     LeverageDamping,
@@ -49,21 +51,6 @@ CONTINUOUS = frozenset({
     "Exponential",
 })
 """Families whose guides default to the natural gradient: their draws are reparametrized."""
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A step that has been computed but not taken.
-
-    Attributes:
-        changes: what to add to each parameter of a geometry or of the scaled Adam.
-        moments: new states of the scaled Adam, by parameter.
-        scalars: gain, kl, grad_norm, natural_norm, cosine and damping, as 0-d tensors.
-    """
-
-    changes: dict[str, Tensor]
-    moments: dict[str, Moments]
-    scalars: dict[str, Tensor]
 
 
 class NaturalGradient(pyro.optim.PyroOptim):
@@ -120,7 +107,11 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self.seed = seed
         self.step_count = 0
-        self.caution = Caution() if self.rule is None else self.rule.start()
+        mixing = self.geometry.mixing if isinstance(self.geometry, Visible) else None
+        self.held_out = mixing if isinstance(mixing, HeldOut) else None
+        rule = self.rule or self.held_out
+        self.caution = Caution() if rule is None else rule.start()
+        self.unjudged: Unjudged | None = None
         self.sides: dict[Role, Side] = {}
         self.scaled_adam = ReachScaledAdam()
         self._plain = pyro.optim.Adam({"lr": 1e-3})
@@ -160,7 +151,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         if not isinstance(self.geometry, Visible):
             return 1.0
         mixing = self.geometry.mixing
-        if isinstance(mixing, LevenbergMarquardt):
+        if isinstance(mixing, (LevenbergMarquardt, HeldOut)):
             return caution.value
         return float(mixing(self.step_count)) if callable(mixing) else float(mixing)
 
@@ -344,13 +335,16 @@ class NaturalGradient(pyro.optim.PyroOptim):
         lr = self.step_length(caution)
         directions: dict[str, Tensor] = {}
         products: list[Tensor] = []
+        of_model: list[Tensor] = []
         for role, side in sides.items():
             if side.natural:
                 mixing = self.mixing(caution) if role == "model" else 1.0
                 found, terms = side.directions(gradients, mixing)
                 directions.update(found)
                 products += terms
-        scalars = _scalars(products, lr)
+                of_model = terms if role == "model" else of_model
+        scalars = step_scalars(products, lr)
+        scalars["model_gain"] = step_scalars(of_model, lr)["gain"]
         factor = self.trust_region.factor(scalars["kl"])
         scalars["kl"] = scalars["kl"] * factor**2
         changes = {name: -lr * factor * vector for name, vector in directions.items()}
@@ -363,6 +357,15 @@ class NaturalGradient(pyro.optim.PyroOptim):
                         gradients[name], reach, self.lr(self.step_count), self._moments.get(name)
                     )
         return Proposal(changes, moments, scalars)
+
+    def watched(self, proposal: Proposal, params: Mapping[str, Tensor]) -> Unjudged | None:
+        """What the next batch needs to judge a step of the model, if a rule asks for it."""
+        if self.held_out is None:
+            return None
+        owned = self.sides["model"].plan.owner()
+        names = [name for name in proposal.changes if name in owned and name in params]
+        before = {name: params[name].detach().clone() for name in names}
+        return Unjudged(before, float(proposal.scalars["model_gain"]))
 
     def commit(self, sides: Mapping[Role, Side], proposal: Proposal, caution: Caution) -> None:
         """Makes the state of a taken step the optimizer's own."""
@@ -385,6 +388,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             "step_count": self.step_count,
             "seed": self.seed,
             "caution": dict(vars(self.caution)),
+            "unjudged": None if self.unjudged is None else dict(vars(self.unjudged)),
             "sides": {role: side.state() for role, side in self.sides.items()},
             "moments": {name: dict(vars(state)) for name, state in self._moments.items()},
             "others": state_of(self.other_optimizer()),
@@ -401,7 +405,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             CheckpointMismatch: if it is not a state of this class, or of another program.
         """
         state = dict(state_dict)
-        required = {"format", "step_count", "seed", "caution", "sides", "moments"}
+        required = {"format", "step_count", "seed", "caution", "unjudged", "sides", "moments"}
         required |= {"others", "others_kind"}
         if state.get("format") != STATE_FORMAT or not required <= state.keys():
             raise CheckpointMismatch(
@@ -449,6 +453,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
                 )
         self.step_count, self.seed = state["step_count"], state["seed"]
         self.caution = Caution(**state["caution"])
+        self.unjudged = None if state["unjudged"] is None else Unjudged(**state["unjudged"])
         self.sides = sides
         self._moments = {name: Moments(**moments) for name, moments in state["moments"].items()}
         restore(self.other_optimizer(), state["others"])
@@ -476,21 +481,3 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
         "NaturalGradient needs the model and the guide, which pyro.infer.SVI does not give to an "
         "optimizer; use pyronat.NaturalSVI(model, guide, optim, loss) instead"
     )
-
-
-def _scalars(products: Sequence[Tensor], lr: float) -> dict[str, Tensor]:
-    if not products:
-        zero = torch.zeros(())
-        return dict.fromkeys(("gain", "kl", "grad_norm", "natural_norm", "cosine", "damping"), zero)
-    first = products[0]
-    total = torch.stack([product.to(first) for product in products]).sum(0)
-    grad, inner, direction, quadratic, damping, count = total.unbind()
-    tiny = torch.finfo(total.dtype).tiny
-    return {
-        "gain": (lr - 0.5 * lr**2) * inner,
-        "kl": 0.5 * lr**2 * quadratic.clamp_min(0),
-        "grad_norm": grad.sqrt(),
-        "natural_norm": inner.clamp_min(0).sqrt(),
-        "cosine": inner / (grad * direction).sqrt().clamp_min(tiny),
-        "damping": damping / count,
-    }

@@ -40,12 +40,14 @@ class VisibleAverage:
         matrix: the estimate `[width, width]`, or None.
         rows: rows whose Gram matrix RᵀR is the estimate `[rows, width]`, or None.
         num_dreams: dreams behind it, averaging included; infinite for exact expectations.
+        max_rows: rows that are kept.
     """
 
     kind: Kind
     matrix: Tensor | None
     rows: Tensor | None
     num_dreams: float
+    max_rows: int = MAX_ROWS
 
     def mix(self, other: VisibleAverage, share: float) -> VisibleAverage:
         """(1 − share) of this and `share` of a newer one; that alone if it is of another form."""
@@ -59,7 +61,7 @@ class VisibleAverage:
             )
         assert self.rows is not None and other.rows is not None
         rows = torch.cat([other.rows * share**0.5, self.rows * keep**0.5])
-        return replace(other, rows=sketched(rows), num_dreams=count)
+        return replace(other, rows=sketched(rows, self.max_rows), num_dreams=count)
 
 
 @dataclass(frozen=True)
@@ -115,20 +117,21 @@ class Spectrum:
         return found
 
 
-def sketched(rows: Tensor) -> Tensor:
-    """At most `MAX_ROWS` rows whose Gram matrix has the same expectation: sums with random signs.
+def sketched(rows: Tensor, count: int) -> Tensor:
+    """Fewer rows whose Gram matrix has the same expectation: sums with random signs.
 
     Args:
         rows: `[rows, width]`.
+        count: rows to keep at most.
 
     Returns:
-        `[at most MAX_ROWS, width]`.
+        `[at most count, width]`.
     """
-    if len(rows) <= MAX_ROWS:
+    if len(rows) <= count:
         return rows
     signs = torch.randint(2, (len(rows), 1), device=rows.device).to(rows) * 2 - 1
-    found = rows.new_zeros(MAX_ROWS, rows.shape[1])
-    order = torch.arange(len(rows), device=rows.device) % MAX_ROWS
+    found = rows.new_zeros(count, rows.shape[1])
+    order = torch.arange(len(rows), device=rows.device) % count
     return found.index_add_(0, order, rows * signs)
 
 

@@ -288,7 +288,8 @@ def fisher(
     guide, and the result is a Gauss–Newton-like metric rather than the Fisher information.
 
     With `Visible(...)` it is (1 − ρ) G_V + ρ G; `Visible(mixing=0, posterior="exact")` gives the
-    Fisher information of the visible units.
+    Fisher information of the visible units. G is then the model's, not pooled with the posterior,
+    unless the geometry says so.
 
     Args:
         model: a Pyro model, or a guide to be studied by itself.
@@ -316,7 +317,8 @@ def fisher(
     if not metric.sources:
         raise UnsupportedProgram(f"{metric} has no metric; use Full(...)")
     proposes = isinstance(metric, Visible) and metric.posterior == "guide"
-    if guide is None and (proposes or "posterior" in metric.sources):
+    weighs = not isinstance(metric, Visible) or metric.full is not None
+    if guide is None and (proposes or (weighs and "posterior" in metric.sources)):
         raise UnsupportedProgram(
             "a posterior expectation needs a guide: pass guide=..., or use Full('model') or "
             "Visible(posterior='enumerate')"
@@ -361,7 +363,12 @@ def _visible_fisher(
             "only an expectation with a fixed mixing can be studied; use Visible(mixing=0, ...)"
         )
     mixing = float(geometry.mixing)
-    asked = replace(geometry, num_dreams=geometry.num_dreams or num_samples)
+    exact = geometry.posterior == "exact"
+    asked = replace(
+        geometry,
+        num_dreams=geometry.num_dreams or num_samples,
+        full=geometry.full or Full("exact" if exact else "model"),
+    )
 
     def measured(known: KnownProgram, proposing: KnownProgram | None) -> VisibleFisher:
         full = _measured(known, model, args, kwargs, asked.regularizer, guide, num_samples)

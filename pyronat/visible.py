@@ -30,7 +30,7 @@ from pyronat.geometry import Visible
 from pyronat.importance import DatumPlates
 from pyronat.records import Run
 from pyronat.scores import BlockColumns, Slots, datum_scores, element_weights
-from pyronat.spectrum import ENOUGH, Kind, VisibleAverage, sketched
+from pyronat.spectrum import ENOUGH, MAX_ROWS, Kind, VisibleAverage, sketched
 from pyronat.tracing import Program
 
 MAX_DENSE_WIDTH = 512
@@ -41,8 +41,6 @@ MANY = 10
 
 MAX_RUNS = 20
 """Runs of the model at a refresh, where `num_dreams` is not given."""
-
-_CHUNK_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,7 @@ class Design:
         effective: dreams that the running average amounts to.
         kind: what is estimated.
         dense: whether the estimate is kept as a matrix.
+        memory: bytes that scores may take at once.
     """
 
     district: DistrictPlan
@@ -121,6 +120,7 @@ class Design:
     effective: float
     kind: Kind
     dense: bool
+    memory: int
 
 
 def design(
@@ -161,6 +161,7 @@ def design(
         effective=effective,
         kind="visible" if direct else "missing",
         dense=direct or (width <= MAX_DENSE_WIDTH and effective >= ENOUGH * width),
+        memory=geometry.memory,
     )
 
 
@@ -253,7 +254,7 @@ class _Sum:
 
     def _chunk(self, night: Night) -> int:
         bytes_each = 8 * self.design.columns.width * night.num_particles
-        return max(_CHUNK_BYTES // max(bytes_each, 1), 1)
+        return max(self.design.memory // max(bytes_each, 1), 1)
 
     def _rows_of(self, evidence: Evidence) -> Tensor:
         if self.design.kind == "visible":
@@ -271,13 +272,18 @@ class _Sum:
             gram = rows.mT @ rows
             self._matrix = gram if self._matrix is None else self._matrix + gram
         else:
-            self._rows.append(rows)
+            # Sketched at once, so that no more than this is ever held.
+            self._rows = [sketched(torch.cat([*self._rows, rows]), self._max_rows())]
 
     def average(self) -> VisibleAverage:
         """The estimate."""
-        rows = torch.cat(self._rows) if self._rows else None
-        kept = None if rows is None else sketched(rows)
-        return VisibleAverage(self.design.kind, self._matrix, kept, float(self.design.num_dreams))
+        rows = self._rows[0] if self._rows else None
+        count = float(self.design.num_dreams)
+        return VisibleAverage(self.design.kind, self._matrix, rows, count, self._max_rows())
+
+    def _max_rows(self) -> int:
+        """Rows that are kept."""
+        return max(min(MAX_ROWS, self.design.memory // (8 * self.design.columns.width)), 1)
 
 
 class Night:

@@ -28,10 +28,11 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"analysis", "dreams"}),
     frozenset({"programs", "rws"}),
     frozenset({"curvature"}),
-    frozenset({"sides", "expectation", "scores"}),
+    frozenset({"sides", "expectation", "scores", "proposals"}),
     frozenset({"visible"}),
     frozenset({"visible_exact"}),
     frozenset({"optim", "study", "refresh"}),
+    frozenset({"trials"}),
     frozenset({"infer"}),
     frozenset({"__init__"}),
 )
@@ -48,6 +49,7 @@ WITH_PYRO = frozenset({
     "infer",
     "optim",
     "refresh",
+    "trials",
     "testing",
 })
 RUNTIME = frozenset({"torch", "pyro", "networkx"})

@@ -1,0 +1,67 @@
+"""Steps that have been computed, and what describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyronat.steps import Moments
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A step that has been computed but not taken.
+
+    Attributes:
+        changes: what to add to each parameter of a geometry or of the scaled Adam.
+        moments: new states of the scaled Adam, by parameter.
+        scalars: gain of all natural parameters, model_gain of the model's, kl, grad_norm,
+            natural_norm, cosine and damping, as 0-d tensors.
+    """
+
+    changes: dict[str, Tensor]
+    moments: dict[str, Moments]
+    scalars: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Unjudged:
+    """A step of the model that waits for the next minibatch.
+
+    Attributes:
+        before: parameters before the step, by name.
+        predicted: the gain that its own batch predicted, in nats.
+    """
+
+    before: dict[str, Tensor]
+    predicted: float
+
+
+def step_scalars(products: Sequence[Tensor], lr: float) -> dict[str, Tensor]:
+    """What describes a step of length lr.
+
+    Args:
+        products: (gᵀg, gᵀd, dᵀd, dᵀAd without damping, Σλ, count) of each block.
+        lr: the length.
+
+    Returns:
+        gain, kl, grad_norm, natural_norm, cosine and damping, as 0-d tensors.
+    """
+    if not products:
+        zero = torch.zeros(())
+        return dict.fromkeys(("gain", "kl", "grad_norm", "natural_norm", "cosine", "damping"), zero)
+    first = products[0]
+    total = torch.stack([product.to(first) for product in products]).sum(0)
+    grad, inner, direction, quadratic, damping, count = total.unbind()
+    tiny = torch.finfo(total.dtype).tiny
+    return {
+        "gain": (lr - 0.5 * lr**2) * inner,
+        "kl": 0.5 * lr**2 * quadratic.clamp_min(0),
+        "grad_norm": grad.sqrt(),
+        "natural_norm": inner.clamp_min(0).sqrt(),
+        "cosine": inner / (grad * direction).sqrt().clamp_min(tiny),
+        "damping": damping / count,
+    }

@@ -105,7 +105,7 @@ def _site(site: SiteFlow) -> Site:
     return Site(
         name=record.name,
         kind="observed" if record.observed else "latent",
-        family=type(peel(record.distribution).base).__name__,
+        family=type(peel(record.distribution)).__name__,
         plates=tuple(plate.name for plate in record.plates),
         shape=tuple(record.value.shape),
         event_dim=len(record.distribution.event_shape),

@@ -357,7 +357,7 @@ def observe(
             factor
             for record in records
             if record.name in sites
-            for group in groups(peel(record.distribution).base)
+            for group in groups(peel(record.distribution))
             if (record.name, group.name) in plan.blocks_of
             for factor in _factors(record, group, plan, params, gate)
         ]

@@ -193,17 +193,20 @@ class Dataflow:
                 both = [self.lattice.join_elements(labels) for labels in (mirror.labels, shadow)]
                 mirror.labels.copy_(self.lattice.join(*both).unsqueeze(1))
             return
-        view = mirror.view(tensor)
-        if shadow is None:
-            view.zero_()
-            return
         repeated = [d for d, s in enumerate(tensor.stride()) if s == 0 and tensor.shape[d] > 1]
+        view = mirror.view(tensor)
+        once = view
+        for dim in repeated:
+            # Elements of an expanded tensor share memory, which can be written to once.
+            once = once.narrow(dim + 1, 0, 1)
+        if shadow is None:
+            once.zero_()
+            return
         shadow = shadow.expand(view.shape)
         if repeated:
-            # Elements of an expanded tensor share memory.
-            shadow = self.lattice.join_along(shadow, repeated).expand(view.shape)
+            shadow = self.lattice.join_along(shadow, repeated).expand(once.shape)
         # The shadow of an operation in place may be the memory that it is written to.
-        view.copy_(shadow.clone())
+        once.copy_(shadow.clone())
 
 
 class _Mirror:

@@ -281,8 +281,16 @@ def posterior_marginals(
     def empty_guide(*args: Any, **kwargs: Any) -> None:
         return
 
-    with quietly(), _Subsamples(dream.subsamples), watch_traces(loss, kept):
-        total = loss.differentiable_loss(config_enumerate(enumerated), empty_guide, *args, **kwargs)
+    try:
+        with quietly(), _Subsamples(dream.subsamples), watch_traces(loss, kept):
+            program = config_enumerate(enumerated)
+            total = loss.differentiable_loss(program, empty_guide, *args, **kwargs)
+    except (ValueError, RuntimeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise NotEnumerable(
+            f"Pyro cannot enumerate the hidden sites of the model: {reason}; write the model so "
+            "that it broadcasts over dimensions on the left, or use Visible(posterior='guide')"
+        ) from error
     records, params = records_of(kept.traces[0]), params_of(kept.traces[0])
     _check_broadcast(records, originals)
     attached = [r for r in records if r.log_prob is not None and r.log_prob.requires_grad]

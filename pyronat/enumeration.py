@@ -190,7 +190,7 @@ def _same_row(stacked: Run, single: Run, state: int, states: int) -> bool:
     for many, one in zip(stacked.records, single.records, strict=True):
         if many.distribution.batch_shape[:1] != (states,):
             return False
-        wide, narrow = (groups(peel(record.distribution).base) for record in (many, one))
+        wide, narrow = (groups(peel(record.distribution)) for record in (many, one))
         for row, expected in zip(wide, narrow, strict=True):
             for a, b in zip(row.coordinates, expected.coordinates, strict=True):
                 if a[state].numel() != b.numel() or not torch.allclose(a[state].reshape_as(b), b):
@@ -211,7 +211,7 @@ def _cells(record: SiteRecord, dims: frozenset[int]) -> tuple[Tensor, tuple[int,
     Raises:
         NotEnumerable: if the support is infinite.
     """
-    base = peel(record.distribution).base
+    base = peel(record.distribution)
     try:
         support = base.enumerate_support(expand=False)
     except NotImplementedError as error:

@@ -64,19 +64,6 @@ class Group:
         return len(self.coordinates) == 1 and not self.event_dim
 
 
-@dataclass(frozen=True)
-class Peeled:
-    """A base distribution without its wrappers.
-
-    Attributes:
-        base: the innermost distribution, of one of the `FAMILIES` or not.
-        mask: product of the masks of `MaskedDistribution` wrappers, or None.
-    """
-
-    base: dist.Distribution
-    mask: Tensor | bool | None
-
-
 def score(distribution: dist.Distribution, name: str, value: Tensor) -> Tensor:
     """Score of a family in the coordinates of one of its groups, ∂ log p(x; θ) / ∂θ.
 
@@ -105,17 +92,14 @@ def score(distribution: dist.Distribution, name: str, value: Tensor) -> Tensor:
     return torch.cat([part.detach().reshape(*shape, -1) for part in parts], -1)
 
 
-def peel(distribution: dist.Distribution) -> Peeled:
-    """Removes `Independent`, `ExpandedDistribution` and `MaskedDistribution`."""
-    mask: Tensor | bool | None = None
+def peel(distribution: dist.Distribution) -> dist.Distribution:
+    """The innermost distribution, without `Independent` and what expands or masks it."""
     inner: Any = distribution
-    while True:
-        kind = type(inner).__name__
-        if kind == "MaskedDistribution":
-            mask = inner._mask if mask is None else mask & inner._mask
-        elif kind not in {"Independent", "ExpandedDistribution"}:
-            return Peeled(inner, mask)
+    wrappers = {"Independent", "ExpandedDistribution", "MaskedDistribution"}
+    while type(inner).__name__ in wrappers:
         inner = inner.base_dist
+    found: dist.Distribution = inner
+    return found
 
 
 def family_of(distribution: dist.Distribution) -> type | None:

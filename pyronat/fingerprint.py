@@ -53,7 +53,7 @@ def fingerprint(
 
 
 def _of_site(record: SiteRecord, graphs: _Graphs) -> str:
-    family = type(peel(record.distribution).base).__name__
+    family = type(peel(record.distribution)).__name__
     plates = tuple(plate.name for plate in record.plates)
     # Of tensors that are computed from each other, the first one has the least deep graph.
     tensors = (

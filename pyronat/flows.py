@@ -425,7 +425,7 @@ def _roots_of(groups: Sequence[GroupFlow]) -> Tensor:
 def groups_of(distribution: Distribution) -> tuple[Group, ...] | None:
     """Fisher-orthogonal groups of a distribution, None where it has no closed form."""
     try:
-        return groups(peel(distribution).base)
+        return groups(peel(distribution))
     except UnsupportedDistribution:
         return None
 

@@ -77,7 +77,7 @@ def datum_plates(records: Sequence[SiteRecord], ignored: Sequence[str] = ()) -> 
     stacks = [
         {plate.name: plate for plate in record.plates if plate.name not in ignored}
         for record in records
-        if type(peel(record.distribution).base).__name__ != "Delta"
+        if type(peel(record.distribution)).__name__ != "Delta"
     ]
     shared = set(stacks[0]).intersection(*stacks) if stacks else set()
     plates = [stacks[0][name] for name in shared]

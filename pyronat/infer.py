@@ -25,7 +25,13 @@ from pyronat.programs import MAX_BRANCHES, KnownProgram, UnknownStructure, know,
 from pyronat.proposals import Proposal
 from pyronat.refresh import Call, Meter
 from pyronat.sides import Role, Side
-from pyronat.tracing import params_of, random_state, set_random_state, stored_parameters
+from pyronat.tracing import (
+    own_random_numbers,
+    params_of,
+    random_state,
+    set_random_state,
+    stored_parameters,
+)
 from pyronat.trials import Judge, Trial, Undo, gradient_of
 
 MAX_REJECTED = 3
@@ -168,6 +174,7 @@ class NaturalSVI:
         observer = self._observer(refresh)
         sides: Mapping[Role, Side] = optim.sides
         trial = Trial(None, False, optim.caution, optim.caution, 0, False)
+        judged = optim.caution, optim.unjudged
         with poutine.trace(param_only=True) as capture:
             try:
                 loss = self._backward(observer, call.args, call.kwargs)
@@ -179,6 +186,9 @@ class NaturalSVI:
                     if refresh:
                         sides = self._refreshed(observer, call, params)
                     sides, trial = self._move(sides, gradients, params, loss, call)
+            except BaseException:
+                optim.caution, optim.unjudged = judged
+                raise
             finally:
                 for leaf in params_of(capture.trace).values():
                     leaf.grad = None
@@ -197,7 +207,8 @@ class NaturalSVI:
         decay, seed = optim.curvature.decay, _mixed(optim.seed, optim.step_count)
         reading = meter.read(optim.sides, observer, call, params, seed, decay)
         self._dream_ess = reading.ess
-        return optim.refreshed(reading.curvature, reading.visible)
+        with own_random_numbers(seed + 1):
+            return optim.refreshed(reading.curvature, reading.visible)
 
     def _judge(self, params: Mapping[str, Tensor], loss: float, call: Call) -> None:
         """Tries the last step of the model on this batch, where a rule asks for it."""
@@ -231,13 +242,16 @@ class NaturalSVI:
             proposal = optim.propose(sides, gradients, caution)
             undo = Undo(params, optim)
             ratio = -math.inf
-            if self._apply(proposal, params):
-                finite = True
-                ratio = judge.gain_ratio(proposal, gradients, params, loss, call)
-            after = rule.judged(caution, ratio)
+            try:
+                if self._apply(proposal, params):
+                    finite = True
+                    ratio = judge.gain_ratio(proposal, gradients, params, loss, call)
+            finally:
+                if not rule.accepts(ratio):
+                    undo()
+            after = rule.judged(caution, ratio, float(proposal.scalars["length"]))
             if rule.accepts(ratio):
                 return sides, Trial(proposal, True, after, caution, tries, True)
-            undo()
             caution = after
         return sides, Trial(proposal, False, caution, caution, tries, finite)
 

@@ -301,6 +301,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
             else side
             for role, side in self.sides.items()
         }
+        if isinstance(self.damping, LevenbergMarquardt):
+            return sides  # factored with each caution that is tried
         return self._factored(sides, self.caution)
 
     def _factored(self, sides: Mapping[Role, Side], caution: Caution) -> dict[Role, Side]:
@@ -312,7 +314,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
 
     def with_caution(self, sides: Mapping[Role, Side], caution: Caution) -> Mapping[Role, Side]:
         """The sides as a caution damps them."""
-        adapted = isinstance(self.damping, LevenbergMarquardt) and caution != self.caution
+        adapted = isinstance(self.damping, LevenbergMarquardt)
         return self._factored(sides, caution) if adapted else sides
 
     def propose(
@@ -343,10 +345,9 @@ class NaturalGradient(pyro.optim.PyroOptim):
                 directions.update(found)
                 products += terms
                 of_model = terms if role == "model" else of_model
-        scalars = step_scalars(products, lr)
-        scalars["model_gain"] = step_scalars(of_model, lr)["gain"]
-        factor = self.trust_region.factor(scalars["kl"])
-        scalars["kl"] = scalars["kl"] * factor**2
+        factor = self.trust_region.factor(step_scalars(products, lr)["kl"])
+        scalars = step_scalars(products, lr * factor)
+        scalars["model_gain"] = step_scalars(of_model, lr * factor)["gain"]
         changes = {name: -lr * factor * vector for name, vector in directions.items()}
         moments: dict[str, Moments] = {}
         kinds = self.assignment(list(gradients))

@@ -240,4 +240,4 @@ def _differences(net: BayesNet, records: Sequence[SiteRecord]) -> str:
 
 
 def _family(record: SiteRecord) -> str:
-    return type(peel(record.distribution).base).__name__
+    return type(peel(record.distribution)).__name__

@@ -18,7 +18,7 @@ class Proposal:
     Attributes:
         changes: what to add to each parameter of a geometry or of the scaled Adam.
         moments: new states of the scaled Adam, by parameter.
-        scalars: gain of all natural parameters, model_gain of the model's, kl, grad_norm,
+        scalars: length, gain of all natural parameters, model_gain of the model's, kl, grad_norm,
             natural_norm, cosine and damping, as 0-d tensors.
     """
 
@@ -40,7 +40,7 @@ class Unjudged:
     predicted: float
 
 
-def step_scalars(products: Sequence[Tensor], lr: float) -> dict[str, Tensor]:
+def step_scalars(products: Sequence[Tensor], lr: Tensor | float) -> dict[str, Tensor]:
     """What describes a step of length lr.
 
     Args:
@@ -48,16 +48,19 @@ def step_scalars(products: Sequence[Tensor], lr: float) -> dict[str, Tensor]:
         lr: the length.
 
     Returns:
-        gain, kl, grad_norm, natural_norm, cosine and damping, as 0-d tensors.
+        length, gain, kl, grad_norm, natural_norm, cosine and damping, as 0-d tensors.
     """
     if not products:
         zero = torch.zeros(())
-        return dict.fromkeys(("gain", "kl", "grad_norm", "natural_norm", "cosine", "damping"), zero)
+        return dict.fromkeys(
+            ("length", "gain", "kl", "grad_norm", "natural_norm", "cosine", "damping"), zero
+        )
     first = products[0]
     total = torch.stack([product.to(first) for product in products]).sum(0)
     grad, inner, direction, quadratic, damping, count = total.unbind()
     tiny = torch.finfo(total.dtype).tiny
     return {
+        "length": torch.as_tensor(lr),
         "gain": (lr - 0.5 * lr**2) * inner,
         "kl": 0.5 * lr**2 * quadratic.clamp_min(0),
         "grad_norm": grad.sqrt(),

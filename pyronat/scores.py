@@ -117,7 +117,7 @@ def _element_scores(factor: Factor, weights: Tensor, slots: Slots) -> tuple[Tens
         UnsupportedDistribution: if elements of several data share one distribution.
     """
     record = factor.record
-    base: Any = peel(record.distribution).base
+    base: Any = peel(record.distribution)
     weights, joined = _to_base(weights, record.distribution)
     event = len(base.event_shape)
     value = record.value

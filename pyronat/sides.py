@@ -178,7 +178,7 @@ class Side:
         damped: dict[str, float] = {}
         for some in self.spectra.values() if mixing < 1 else ():
             found.update(some.solve({name: packed[name] for name in some.factors}, mixing))
-            damped.update(dict.fromkeys(some.factors, mixing if some.damps_mixed else 1.0))
+            damped.update(dict.fromkeys(some.factors, some.damped(mixing)))
         directions: dict[str, Tensor] = {}
         products = []
         for name, solved in self.solved.items():

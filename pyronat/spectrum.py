@@ -90,10 +90,17 @@ class Spectrum:
         mixing = max(mixing, self.least_mixing())
         return (1 - mixing) * self.retained + mixing
 
+    def damped(self, mixing: float) -> float:
+        """Share of the damping that A_ρ contains."""
+        return max(mixing, self.least_mixing()) if self.damps_mixed else 1.0
+
     def least_mixing(self) -> float:
         """The smallest mixing for which A_ρ is safely positive; 0 unless λ has negative entries."""
-        worst = float(self.retained.min()) if len(self.retained) else 1.0
-        return 2 * -worst / (1 - worst) if worst < 0 else 0.0
+        worst = float(self.retained.min()) if len(self.retained) else 0.0
+        if worst >= 0:
+            return 0.0
+        bound = -worst / (1 - worst)
+        return min(2 * bound, (1 + bound) / 2)
 
     def solve(self, gradients: Mapping[str, Tensor], mixing: float) -> dict[str, Tensor]:
         """A_ρ⁻¹ g.

@@ -180,12 +180,13 @@ class LevenbergMarquardt:
         """Whether a step is kept."""
         return ratio > self.rejected
 
-    def judged(self, now: Caution, ratio: float) -> Caution:
+    def judged(self, now: Caution, ratio: float, length: float | None = None) -> Caution:
         """The state after a step.
 
         Args:
             now: state of the step.
             ratio: its actual gain over the predicted one; −inf where it was not finite.
+            length: η, where a trust region has cut it; else that of the state.
 
         Returns:
             The state for the next one.
@@ -194,7 +195,8 @@ class LevenbergMarquardt:
             if now.value < 1:
                 return Caution(min(1.0, 4 * now.value), now.scale)
             return Caution(1.0, now.scale / 2)
-        curvature = (2 - ratio * (2 - now.scale)) / now.scale
+        length = now.scale if length is None else length
+        curvature = (2 - ratio * (2 - length)) / length
         best = 1 / curvature if curvature > 0 else self.longest
         scale = min(max(best, self.shortest), self.longest)
         if ratio > self.good:

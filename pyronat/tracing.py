@@ -37,7 +37,7 @@ def is_random(site: Mapping[str, Any]) -> bool:
         return False
     if site["infer"].get("_deterministic"):
         return False
-    return type(peel(site["fn"]).base).__name__ not in {"Delta", "Unit"}
+    return type(peel(site["fn"])).__name__ not in {"Delta", "Unit"}
 
 
 def records_of(trace: poutine.Trace) -> tuple[SiteRecord, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -81,7 +82,8 @@ class Judge:
         state = get_rng_state(), random_state()
         call.rewind()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 return float(self.loss.loss(self.model, self.guide, *call.args, **call.kwargs))
         except (ValueError, RuntimeError, PyronatError):
             return math.nan
@@ -103,9 +105,11 @@ class Judge:
         """
         before = {name: value for name, value in last.before.items() if name in params}
         now = {name: params[name].detach().clone() for name in before}
-        _put(params, before)
-        gain = self.evaluate(call) - loss
-        _put(params, now)
+        try:
+            _put(params, before)
+            gain = self.evaluate(call) - loss
+        finally:
+            _put(params, now)
         return gain if math.isfinite(gain) else 0.0
 
     def gain_ratio(
@@ -137,7 +141,10 @@ class Judge:
         gain = loss - self.evaluate(call)
         lost = 1e-10 * max(1.0, abs(loss))
         if abs(gain) < lost and predicted < 100 * lost:
-            after = self._gradients(params, gradients, call)
+            try:
+                after = self._gradients(params, gradients, call)
+            except (ValueError, RuntimeError, PyronatError):
+                return -math.inf
             gain = -sum(
                 float(((gradients[name] + after[name]) * change).sum()) / 2
                 for name, change in proposal.changes.items()
@@ -152,13 +159,14 @@ class Judge:
         call.rewind()
         for leaf in params.values():
             leaf.grad = None
-        self.loss.loss_and_grads(self.model, self.guide, *call.args, **call.kwargs)
-        found = {name: gradient_of(leaf) for name, leaf in params.items()}
-        for name, leaf in params.items():
-            leaf.grad = before[name]
-        set_rng_state(state[0])
-        set_random_state(state[1])
-        return found
+        try:
+            self.loss.loss_and_grads(self.model, self.guide, *call.args, **call.kwargs)
+            return {name: gradient_of(leaf) for name, leaf in params.items()}
+        finally:
+            for name, leaf in params.items():
+                leaf.grad = before[name]
+            set_rng_state(state[0])
+            set_random_state(state[1])
 
 
 @torch.no_grad()

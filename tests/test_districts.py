@@ -122,7 +122,7 @@ def layer(x: Tensor) -> None:
     with data(x):
         z = pyro.sample("z", dist.Bernoulli(logits=param("a", 3)).to_event(1))
         logits = z @ param("w", 3, 2) + param("b", 2)
-        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x[:, None].expand(-1, 2))
+        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=torch.stack([x, x], -1))
 
 
 # --- guides ------------------------------------------------------------------------------------

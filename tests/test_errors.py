@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -12,13 +13,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from states import parameters, same
 from torch import Tensor
 
 import pyronat
+from models.helmholtz import Helmholtz
 from pyronat import Euclidean, Full, NaturalGradient, NaturalSVI, ReweightedWakeSleep, errors
+from pyronat.geometry import Visible
 from pyronat.operators import cholesky
-from pyronat.steps import ConstantDamping
+from pyronat.steps import ConstantDamping, LevenbergMarquardt
 
 X = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
 
@@ -183,6 +189,119 @@ def asleep() -> None:
     step(model, latent_guide, ReweightedWakeSleep(2, insomnia=0.5))
 
 
+# --- the visible geometry ----------------------------------------------------------------------
+
+
+def units_apart(x: Tensor) -> None:
+    """Counts the dimensions of its units, so that it cannot be enumerated."""
+    z = pyro.sample("z", dist.Bernoulli(logits=pyro.param("top", torch.tensor(0.0))))
+    logits = z[..., None] * pyro.param("w", torch.ones(3))
+    pyro.sample("x", dist.Bernoulli(logits=logits).to_event(logits.dim()), obs=torch.ones(3))
+
+
+def units_apart_guide(x: Tensor) -> None:
+    pyro.sample("z", dist.Bernoulli(logits=pyro.param("q.w", torch.tensor(0.5))))
+
+
+def units_apart_in_a_plate(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(logits=pyro.param("top", torch.tensor(0.0))))
+        logits = z[..., None] * pyro.param("w", torch.ones(2))
+        obs = torch.ones(len(x), 2)
+        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(logits.dim() - 1), obs=obs)
+
+
+def with_factor(x: Tensor) -> None:
+    binary(x)
+    pyro.factor("prior", -pyro.param("top", torch.tensor(0.0)).square())
+
+
+def binary(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(logits=pyro.param("top", torch.tensor(0.0))))
+        pyro.sample("x", dist.Normal(z * pyro.param("w", torch.tensor(1.0)), 1.0), obs=x)
+
+
+def binary_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("q.w", torch.tensor(0.5)) * x))
+
+
+def reading(x: Tensor) -> None:
+    binary(x)
+    pyro.sample("y", dist.Normal(pyro.param("v", torch.tensor(1.0)) * x.mean(), 1.0))
+
+
+def reading_guide(x: Tensor) -> None:
+    binary_guide(x)
+    pyro.sample("y", dist.Normal(0.0, 1.0))
+
+
+def auto_normal() -> None:
+    step(latent, AutoNormal(latent), geometry=Visible())
+
+
+def forgetful() -> None:
+    step(latent, geometry=Visible())
+
+
+def not_an_argument() -> None:
+    data = X + 0.0
+
+    def model(x: Tensor) -> None:
+        latent(data)
+
+    step(model, latent_guide, geometry=Visible())
+
+
+def enumerated_continuous() -> None:
+    step(latent, latent_guide, geometry=Visible(posterior="enumerate"))
+
+
+def enumerated_apart() -> None:
+    step(units_apart, units_apart_guide, geometry=Visible(posterior="enumerate"))
+
+
+def enumerated_apart_in_a_plate() -> None:
+    step(units_apart_in_a_plate, binary_guide, geometry=Visible(posterior="enumerate"))
+
+
+def factor_statement() -> None:
+    step(with_factor, binary_guide, geometry=Visible(posterior="enumerate"))
+
+
+def factor_with_guide() -> None:
+    step(with_factor, binary_guide, geometry=Visible())
+
+
+def reading_dreamer() -> None:
+    step(reading, reading_guide, geometry=Visible())
+
+
+def large_district() -> None:
+    net = Helmholtz((40, 15))
+    geometry = Visible(estimator="direct", num_particles=2, full=Full("model"))
+    step(net.model, net.guide, x=torch.ones(3, 40), geometry=geometry)
+
+
+def large_hessian() -> None:
+    net = Helmholtz((40, 15))
+    geometry = Visible(estimator="observed", full=Full("model"))
+    step(net.model, net.guide, x=torch.ones(3, 40), geometry=geometry)
+
+
+def visible_without_guide() -> None:
+    pyronat.fisher(binary, X, geometry=Visible(mixing=0.5))
+
+
+def visible_of_the_data() -> None:
+    pyronat.fisher(binary, X, geometry=Visible(estimator="observed"), guide=binary_guide)
+
+
+def visible_with_a_rule() -> None:
+    pyronat.fisher(binary, X, geometry=Visible(mixing=LevenbergMarquardt()), guide=binary_guide)
+
+
 @dataclass(frozen=True)
 class Row:
     """An error, a program that provokes it, and words of its message: culprit, then way out."""
@@ -219,9 +338,29 @@ TABLE = (
     Row(errors.NoGuideOnDreams, asleep, ("x", "'observations'", "arguments")),
 )
 
+VISIBLE = (
+    Row(errors.NoGuideOnDreams, auto_normal, ("z", "autoguides", "write a guide")),
+    Row(errors.NoGuideOnDreams, forgetful, ("z", "differ", "posterior='enumerate'")),
+    Row(errors.NoGuideOnDreams, not_an_argument, ("x", "'observations'", "arguments")),
+    Row(errors.NotEnumerable, enumerated_continuous, ("'z'", "continuous", "posterior='guide'")),
+    Row(errors.NotEnumerable, enumerated_apart, ("'x'", "broadcast", "posterior='guide'")),
+    Row(errors.UnsupportedProgram, factor_statement, ("'prior'", "normalized", "observed site")),
+    Row(errors.UnsupportedProgram, factor_with_guide, ("'prior'", "normalized", "observed site")),
+    Row(errors.UnsupportedProgram, reading_dreamer, ("'y'", "data of x", "pyro.sample returns")),
+    Row(errors.BlockTooLarge, large_district, ("layer1", "655", "512", "'subtractive'")),
+    Row(errors.BlockTooLarge, large_hessian, ("layer1", "655", "512", "'subtractive'")),
+)
+"""Errors of a step with the visible geometry."""
+
+STUDY = (
+    Row(errors.UnsupportedProgram, visible_without_guide, ("guide=", "posterior='enumerate'")),
+    Row(errors.UnsupportedProgram, visible_of_the_data, ("mixing=0",)),
+    Row(errors.UnsupportedProgram, visible_with_a_rule, ("mixing=0",)),
+)
+
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("row", TABLE, ids=str)
+@pytest.mark.parametrize("row", TABLE + VISIBLE + STUDY, ids=str)
 def test_an_error_names_the_culprit_and_the_way_out(row: Row) -> None:
     with pytest.raises(errors.PyronatError) as caught:
         row.provoke()
@@ -254,3 +393,106 @@ def test_the_programs_are_fine_otherwise() -> None:
     step(latent, latent_guide, ReweightedWakeSleep(2, insomnia=0.5))
     pyronat.fisher(normal, X)
     pyronat.fisher(latent, X, geometry=Full("posterior"), guide=latent_guide, num_samples=3)
+    few = Visible(num_particles=2, num_dreams=3)
+    step(binary, binary_guide, geometry=few)
+    step(binary, binary_guide, geometry=Visible(posterior="enumerate"))
+    step(latent, latent_guide, geometry=few)
+    pyronat.fisher(binary, X, geometry=Visible(mixing=0.5), guide=binary_guide, num_samples=20)
+
+
+def test_a_program_that_does_not_broadcast_in_a_plate_is_named() -> None:
+    with pytest.raises(errors.NotEnumerable, match=r"site x.*broadcast"):
+        enumerated_apart_in_a_plate()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("row", VISIBLE, ids=str)
+def test_a_step_that_raises_changes_nothing(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the first time, which creates the parameters, nor the second one."""
+    trained = []
+    original = NaturalSVI.step
+
+    def watched(self: NaturalSVI, *args: Any) -> float:
+        trained.append((self, args))
+        return original(self, *args)
+
+    monkeypatch.setattr(NaturalSVI, "step", watched)
+    with pytest.raises(row.error):
+        row.provoke()
+    ((svi, args),) = trained
+    state, params = copy.deepcopy(svi.optim.get_state()), parameters()
+    with pytest.raises(row.error):
+        svi.step(*args)
+    assert same(state, svi.optim.get_state()) and same(params, parameters())
+    assert svi.optim.step_count == 0 and state["step_count"] == 0
+    assert all(not side["average"] and not side["visible"] for side in state["sides"].values())
+    assert all(leaf.grad is None for _, leaf in pyro.get_param_store().named_parameters())
+    # Parameters are where the programs create them.
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    trace = poutine.trace(svi.guide).get_trace(*args)
+    poutine.trace(poutine.replay(svi.model, trace=trace)).get_trace(*args)
+    created = parameters()
+    assert {name: value.shape for name, value in created.items()} == {
+        name: value.shape for name, value in params.items()
+    }
+    assert same(created, params)
+
+
+@pytest.mark.parametrize("posterior", ["guide", "enumerate"])
+def test_a_refresh_that_raises_changes_nothing(
+    posterior: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some steps, at the next refresh."""
+    geometry = Visible(posterior=posterior, num_particles=2, num_dreams=6)
+    svi = NaturalSVI(binary, binary_guide, NaturalGradient(geometry=geometry))
+    for _ in range(5):
+        svi.step(X)
+    state, params = copy.deepcopy(svi.optim.get_state()), parameters()
+    assert svi.optim.refresh_due and state["sides"]["model"]["visible"]
+
+    def broken(*args: Any) -> None:
+        raise errors.NotEnumerable("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyronat.refresh.measure_visible", broken)
+        for _ in range(2):
+            with pytest.raises(errors.NotEnumerable):
+                svi.step(X)
+            assert same(state, svi.optim.get_state()) and same(params, parameters())
+            assert all(leaf.grad is None for _, leaf in pyro.get_param_store().named_parameters())
+    svi.step(X)
+    assert not same(params, parameters())
+
+
+OPTIONS: dict[str, tuple[Callable[[], Any], str]] = {
+    "guide geometry": (lambda: NaturalGradient(guide_geometry=Visible()), "guide_geometry"),
+    "posterior": (lambda: Visible(posterior="sampled"), "posterior.*enumerate.*'sampled'"),
+    "estimator": (lambda: Visible(estimator="best"), "estimator.*subtractive.*'best'"),
+    "negative mixing": (lambda: Visible(mixing=-0.1), r"mixing.*-0\.1"),
+    "large mixing": (lambda: Visible(mixing=1.5), r"mixing.*1\.5"),
+    "no mixing": (lambda: Visible(mixing=math.nan), "mixing.*nan"),
+    "particles": (lambda: Visible(num_particles=1), "num_particles.*at least 2.*1"),
+    "dreams": (lambda: Visible(num_dreams=0), "num_dreams.*at least 1.*0"),
+    "expectation": (lambda: Full(expectation="visible"), "expectation.*'visible'"),
+    "runs": (lambda: Full(num_runs=0), "num_runs.*0"),
+    "two rules": (
+        lambda: NaturalGradient(
+            geometry=Visible(mixing=LevenbergMarquardt()), damping=LevenbergMarquardt()
+        ),
+        "mixing or damping",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bad_options_are_refused(name: str) -> None:
+    make, words = OPTIONS[name]
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_extreme_options_are_taken() -> None:
+    """Negative control."""
+    for mixing in (0, 1, 0.0, 1.0, LevenbergMarquardt(), lambda step: 0.5):
+        Visible(mixing=mixing, num_particles=2, num_dreams=1)

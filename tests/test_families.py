@@ -86,11 +86,11 @@ def pulled_back(make: Callable[..., Any], values: Mapping[str, Tensor]) -> Tenso
     names, tensors = list(values), tuple(values.values())
     size = sum(value.numel() for value in tensors)
     total = torch.zeros(size, size)
-    found = groups(peel(make(**values)).base)
+    found = groups(peel(make(**values)))
     for index, group in enumerate(found):
 
         def coordinates(*moved: Tensor, index: int = index) -> Tensor:
-            distribution = peel(make(**dict(zip(names, moved, strict=True)))).base
+            distribution = peel(make(**dict(zip(names, moved, strict=True))))
             return flat_coordinates(groups(distribution)[index])
 
         parts = torch.autograd.functional.jacobian(coordinates, tensors)
@@ -187,18 +187,14 @@ def test_peel_removes_all_wrappers() -> None:
     one = torch.tensor([True, False])
     other = torch.tensor([[True], [True]])
     wrapped = base.to_event(1).mask(one).expand_by([2]).mask(other)
-    peeled = peel(wrapped)
-    assert type(peeled.base) is pyro.distributions.Normal
-    assert peeled.mask is not None and torch.equal(
-        torch.as_tensor(peeled.mask).expand(2, 2), one & other
-    )
-    assert peel(base).base is base and peel(base).mask is None
+    assert type(peel(wrapped)) is pyro.distributions.Normal
+    assert peel(base) is base
 
 
 def test_peel_keeps_the_graph_through_expansion() -> None:
     logits = torch.zeros(3, requires_grad=True)
     expanded = pyro.distributions.Bernoulli(logits=logits).expand_by([4]).to_event(1)
-    (group,) = groups(peel(expanded).base)
+    (group,) = groups(peel(expanded))
     assert group.coordinates[0].shape == group.fisher.shape[:-2] == (4, 3)
     (gradient,) = torch.autograd.grad(group.coordinates[0].sum(), logits)
     assert gradient.tolist() == [4.0] * 3
@@ -208,7 +204,7 @@ def test_peel_keeps_the_graph_through_expansion() -> None:
 def test_expanded_families_repeat_their_fisher(row: Row) -> None:
     distribution = row.make(pyro.distributions)(**row.values())
     expanded = distribution.expand((4, *distribution.batch_shape))
-    for plain, wide in zip(groups(distribution), groups(peel(expanded).base), strict=True):
+    for plain, wide in zip(groups(distribution), groups(peel(expanded)), strict=True):
         torch.testing.assert_close(wide.fisher, plain.fisher.expand(wide.fisher.shape))
         assert wide.fisher.shape[0] == 4
 

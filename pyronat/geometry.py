@@ -117,7 +117,7 @@ class Visible(Geometry):
             `Full("model")` for "enumerate", else `Full()`.
     """
 
-    mixing: float | Callable[[int], float] | LevenbergMarquardt | HeldOut = 0.1
+    mixing: float | Callable[[int], float] | LevenbergMarquardt | HeldOut = 0.3
     num_particles: int = 10
     num_dreams: int | None = None
     posterior: Posterior = "guide"

@@ -175,6 +175,7 @@ def _joint_log_prob(
     total = torch.zeros(states, *[1] * nesting)
     for record in run.records:
         if record.name in parents:
+            total = total.to(record.value.device)
             log_prob = record.distribution.log_prob(record.value).detach()
             shape = log_prob.shape[-nesting:] if nesting else ()
             log_prob = log_prob.reshape(states, *[1] * (nesting - len(shape)), *shape)

@@ -71,8 +71,9 @@ class Side:
 
     @property
     def complete(self) -> bool:
-        """Whether every block has been measured."""
-        return self.plan.blocks.keys() <= self.average.keys()
+        """Whether every block and district has been measured."""
+        measured = self.plan.blocks.keys() <= self.average.keys()
+        return measured and {district.name for district in self.districts} <= self.visible.keys()
 
     def replanned(self, plan: Plan, districts: tuple[DistrictPlan, ...]) -> Side:
         """This side with another plan; blocks that have not changed keep their averages."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
@@ -81,9 +82,14 @@ class Spectrum:
     retained: Tensor
     damps_mixed: bool
 
+    @cached_property
+    def least(self) -> float:
+        """The smallest λ, 1 where nothing is missing; one transfer from the device."""
+        return float(self.retained.min()) if len(self.retained) else 1.0
+
     def missing(self) -> float:
         """Largest share of information that hiding takes away, 1 − λ."""
-        return float(1 - self.retained.min()) if len(self.retained) else 0.0
+        return 1 - self.least
 
     def stretch(self, mixing: float) -> Tensor:
         """κ `[rank]`: A_ρ in units of the damped full geometry, with the mixing it needs."""
@@ -96,10 +102,9 @@ class Spectrum:
 
     def least_mixing(self) -> float:
         """The smallest mixing for which A_ρ is safely positive; 0 unless λ has negative entries."""
-        worst = float(self.retained.min()) if len(self.retained) else 0.0
-        if worst >= 0:
+        if self.least >= 0:
             return 0.0
-        bound = -worst / (1 - worst)
+        bound = -self.least / (1 - self.least)
         return min(2 * bound, (1 + bound) / 2)
 
     def solve(self, gradients: Mapping[str, Tensor], mixing: float) -> dict[str, Tensor]:

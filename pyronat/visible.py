@@ -358,8 +358,9 @@ class Night:
         Returns:
             What stands for their posterior.
         """
-        numbers = torch.full((self.num_data(part),), -1)
-        numbers[data] = torch.arange(len(data))
+        device = self._records[part.sites[0]].value.device
+        numbers = torch.full((self.num_data(part),), -1, device=device)
+        numbers[data.to(device)] = torch.arange(len(data), device=device)
         slots = Slots(self._plates(part), numbers.reshape(self._sizes(part)), len(data))
 
         def scores(factors: Sequence[Factor], marginals: Mapping[str, Tensor]) -> Tensor:

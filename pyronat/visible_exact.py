@@ -116,7 +116,7 @@ def _state_scores(
     if weighted.stacked:
         plates, sizes = [Plate(_STATES, -len(shape), 1.0), *plates], [shape[0], *sizes]
     count = weighted.probabilities.numel()
-    numbers = torch.arange(count).reshape(sizes)
+    numbers = torch.arange(count, device=weighted.probabilities.device).reshape(sizes)
     slots = Slots(DatumPlates(tuple(plates)), numbers, count)
     chosen = [(f, element_weights(f.record)) for f in factors if f.block in columns.blocks]
     scores = datum_scores(chosen, slots, columns)

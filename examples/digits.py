@@ -54,6 +54,7 @@ class Settings:
         eval_samples: Samples from the guide per datum in a likelihood estimate.
         rates: Adam's grid of rates.
         output: Folder for the results.
+        sizes: Units per layer, the pixels first.
     """
 
     epochs: int
@@ -63,6 +64,7 @@ class Settings:
     eval_samples: int
     rates: tuple[float, ...]
     output: Path
+    sizes: tuple[int, ...] = SIZES
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ def make_natural(
     rate: float,
     num_steps: int,
     loss: pyronat.ReweightedWakeSleep,
+    geometry: pyronat.Full | pyronat.Visible | None = None,
     guide_geometry: pyronat.Full | None = None,
 ) -> Trainer:
     """Makes a trainer with the defaults: natural gradients on the model, Adam on the guide.
@@ -213,13 +216,16 @@ def make_natural(
         rate: The rate at the first step.
         num_steps: Steps in the run.
         loss: The training loss.
+        geometry: The model's geometry, in place of the default.
         guide_geometry: The guide's geometry, in place of the default.
 
     Returns:
         The trainer.
     """
     optimizer = pyronat.NaturalGradient(
-        lr=pyronat.steps.LinearDecay(rate, num_steps), guide_geometry=guide_geometry
+        lr=pyronat.steps.LinearDecay(rate, num_steps),
+        geometry=geometry,
+        guide_geometry=guide_geometry,
     )
     svi = pyronat.NaturalSVI(machine.model, machine.guide, optimizer, loss)
     return Trainer(svi.step, lambda: None if svi.info is None else svi.info.ess)
@@ -239,19 +245,20 @@ def make_loss(settings: Settings) -> pyronat.ReweightedWakeSleep:
     )
 
 
-def make_machine(x: Tensor, seed: int) -> Helmholtz:
+def make_machine(x: Tensor, seed: int, sizes: tuple[int, ...]) -> Helmholtz:
     """Empties the parameter store and fills it with a new machine's initial parameters.
 
     Args:
         x: Training data, shape [train, pixels].
         seed: Seed of the initial parameters, and of what follows.
+        sizes: Units per layer, the pixels first.
 
     Returns:
         The machine.
     """
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    machine = Helmholtz(SIZES, visible_mean=x.mean(0))
+    machine = Helmholtz(sizes, visible_mean=x.mean(0))
     machine.model(x[:1])
     machine.guide(x[:1])
     return machine
@@ -283,7 +290,7 @@ def train(method: Method, task: Task, seed: int, settings: Settings) -> Run:
     Returns:
         The finished run.
     """
-    machine = make_machine(task.train, seed)
+    machine = make_machine(task.train, seed, settings.sizes)
     num_steps = settings.epochs * -(-task.train.shape[0] // settings.batch_size)
     trainer = method.make(machine, method.rate, num_steps, make_loss(settings))
     generator = torch.Generator().manual_seed(seed)
@@ -522,6 +529,7 @@ def parse(argv: Sequence[str] | None) -> Settings:
     parser.add_argument("--seeds", type=int, default=3, help="number of runs per method")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--num-particles", type=int, default=10)
+    parser.add_argument("--hidden", type=int, nargs="+", default=SIZES[1:], help="hidden units")
     parser.add_argument("--output", type=Path, default=Path("digits-output"))
     parser.add_argument("--quick", action="store_true", help="2 epochs, 1 seed and 2 rates")
     options = parser.parse_args(argv)
@@ -533,6 +541,7 @@ def parse(argv: Sequence[str] | None) -> Settings:
         eval_samples=200,
         rates=ADAM_RATES,
         output=options.output,
+        sizes=(SIZES[0], *options.hidden),
     )
     if options.quick:
         return replace(settings, epochs=2, seeds=1, eval_samples=20, rates=ADAM_RATES[1:3])
@@ -548,7 +557,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(argv)
     torch.set_num_threads(1)
     x_train, x_test = load_data()
-    machine = make_machine(x_train, seed=0)
+    machine = make_machine(x_train, 0, settings.sizes)
     print(pyronat.analyze(machine.model, x_train[: settings.batch_size], guide=machine.guide))
 
     search = search_rate(x_train, settings)
@@ -560,6 +569,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             partial(make_natural, guide_geometry=pyronat.Full()),
         ),
         Method("natural, defaults", NATURAL_RATE, make_natural),
+        Method("natural, visible", NATURAL_RATE, partial(make_natural, geometry=pyronat.Visible())),
     ]
     task = Task(x_train, x_test, "test", every_epoch=True)
     runs = [

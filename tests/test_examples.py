@@ -53,7 +53,7 @@ def check_digits(output: Path, printed: str) -> None:
     assert all(m["seconds"] > 0 and math.isfinite(m["loss"]) for m in lines)
     assert {m["method"] for m in lines if m["method"] not in printed} == set()
     assert all(math.isfinite(m["nll"]) for m in lines if m["split"] == "test")
-    assert len(lines) == 2 * (2 + 3)
+    assert len(lines) == 2 * (2 + 4)
     finals = {m["method"]: m["nll"] for m in lines if (m["split"], m["epoch"]) == ("test", 2)}
-    assert len(finals) == 3
+    assert len(finals) == 4
     assert all(15 < nll < 25 for nll in finals.values())

@@ -126,13 +126,46 @@ def run_model(
         args: its arguments.
         kwargs: its keyword arguments.
         dream: the dream.
-        hidden: values by site; sites left out keep their value in the dream.
+        hidden: values by hidden site.
 
     Returns:
         The run, its records with unscaled log-probabilities.
+
+    Raises:
+        NoGuideOnDreams: if the model has other hidden sites on these values.
+        UnsupportedProgram: if it has other visible ones.
     """
-    with quietly(), _Subsamples(dream.subsamples), fixed_values({**dream.values, **hidden}):
-        return _scored(poutine.trace(unconditioned(model)).get_trace(*args, **kwargs))
+    seen = {name: value for name, value in dream.values.items() if name in dream.visible}
+    given = fixed_values({**seen, **hidden})
+    with quietly(), _Subsamples(dream.subsamples), constant_samples(), given:
+        run = _scored(poutine.trace(unconditioned(model)).get_trace(*args, **kwargs))
+    names = {record.name for record in run.records}
+    if not names >= seen.keys():
+        raise UnsupportedProgram(
+            f"{', '.join(sorted(seen.keys() - names))}: which sites are observed depends on hidden "
+            "values, so the visible geometry is not defined; use Full()"
+        )
+    _check_sites(names - seen.keys(), set(hidden))
+    return run
+
+
+def _check_sites(model: set[str], guide: set[str]) -> None:
+    """Compares the hidden sites of a model with the random sites of its guide.
+
+    Args:
+        model: names of the hidden sites.
+        guide: names of the random sites.
+
+    Raises:
+        NoGuideOnDreams: naming those that differ.
+    """
+    if model != guide:
+        raise NoGuideOnDreams(
+            f"{', '.join(sorted(model ^ guide))}: hidden sites of the model and random sites of "
+            "the guide differ, so the guide has no density for dreams, as with autoguides over "
+            "auxiliary variables, AutoDelta and enumerated sites; write a guide with one random "
+            "site for each hidden one, or use Visible(posterior='enumerate') where all are discrete"
+        )
 
 
 class GuideOnDream:
@@ -163,18 +196,20 @@ class GuideOnDream:
         self._hidden = {name: values[name] for name in values.keys() - dream.visible}
 
     def on_own(self) -> Run:
-        """The run that gives the hidden values of the dream itself."""
-        return self._run(self._hidden)
-
-    def drawn(self) -> Run:
-        """A run that draws hidden values.
+        """The run that gives the hidden values of the dream itself.
 
         Returns:
             The run, its records with unscaled log-probabilities.
 
         Raises:
-            NoGuideOnDreams: if the sites of the guide are not the hidden ones of the model.
+            NoGuideOnDreams: if the sites of the guide are not the hidden ones of the dream.
         """
+        run = self._run(self._hidden)
+        _check_sites(set(self._hidden), {record.name for record in run.records})
+        return run
+
+    def drawn(self) -> Run:
+        """A run that draws hidden values, its records with unscaled log-probabilities."""
         return self._run({})
 
     def _run(self, values: Mapping[str, Tensor]) -> Run:
@@ -184,17 +219,7 @@ class GuideOnDream:
             constant_samples(),
             fixed_values(values),
         ):
-            run = _scored(poutine.trace(self._guide).get_trace(*self._args, **self._kwargs))
-        names = {record.name for record in run.records}
-        if names != self._hidden.keys():
-            differing = ", ".join(sorted(names ^ self._hidden.keys()))
-            raise NoGuideOnDreams(
-                f"{differing}: hidden sites of the model and random sites of the guide differ, so "
-                "the guide has no density for dreams, as with autoguides over auxiliary variables, "
-                "AutoDelta and enumerated sites; write a guide with one random site for each "
-                "hidden one, or use Visible(posterior='enumerate') where all are discrete"
-            )
-        return run
+            return _scored(poutine.trace(self._guide).get_trace(*self._args, **self._kwargs))
 
 
 def _where_seen(record: SiteRecord, given: Any) -> Tensor:

@@ -68,11 +68,18 @@ def enumerate_parents(
         cut = OneElement(shared)
         try:
             runs = _enumerated(program, args, kwargs, parents, shared, cut)
-            if runs[0].stacked and not cut.told_apart:
+            if runs[0].stacked and not cut.told_apart and all(map(_fits, runs[0].run.records)):
                 return runs
         except (RuntimeError, ValueError, IndexError):
             pass
     return _enumerated(program, args, kwargs, parents, shared, nullcontext())
+
+
+def _fits(record: SiteRecord) -> bool:
+    """Whether scale and mask of a site are no larger than its batch shape."""
+    shape = record.distribution.batch_shape
+    factors = [part for part in (record.scale, record.mask) if isinstance(part, Tensor)]
+    return all(torch.broadcast_shapes(part.shape, shape) == shape for part in factors)
 
 
 def _enumerated(

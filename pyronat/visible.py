@@ -28,7 +28,7 @@ from pyronat.dreams import Dream, GuideOnDream, draw, posterior_marginals, run_m
 from pyronat.errors import BlockTooLarge
 from pyronat.geometry import Visible
 from pyronat.importance import DatumPlates
-from pyronat.records import Run
+from pyronat.records import Run, SiteRecord
 from pyronat.scores import BlockColumns, Slots, datum_scores, element_weights
 from pyronat.spectrum import ENOUGH, MAX_ROWS, Kind, VisibleAverage, sketched
 from pyronat.tracing import Program
@@ -320,13 +320,19 @@ class Night:
         """Independent data of a part."""
         return prod(self._sizes(part))
 
+    def _first(self, part: Part) -> SiteRecord | None:
+        """A site of the part that this run has; none where it took another branch."""
+        return next((self._records[name] for name in part.sites if name in self._records), None)
+
     def _plates(self, part: Part) -> DatumPlates:
-        stack = self._records[part.sites[0]].plates
+        first = self._first(part)
+        stack = first.plates if first is not None else ()
         plates = [replace(plate, scale=1.0) for plate in stack if plate.name in part.replicates]
         return DatumPlates(tuple(sorted(plates, key=lambda plate: plate.dim)))
 
     def _sizes(self, part: Part) -> list[int]:
-        shape = self._records[part.sites[0]].distribution.batch_shape
+        first = self._first(part)
+        shape = first.distribution.batch_shape if first is not None else ()
         return [shape[plate.dim] for plate in self._plates(part).plates]
 
     def weights(self, part: Part) -> Tensor | None:
@@ -358,7 +364,7 @@ class Night:
         Returns:
             What stands for their posterior.
         """
-        device = self._records[part.sites[0]].value.device
+        device = self._dream.run.records[0].value.device
         numbers = torch.full((self.num_data(part),), -1, device=device)
         numbers[data.to(device)] = torch.arange(len(data), device=device)
         slots = Slots(self._plates(part), numbers.reshape(self._sizes(part)), len(data))

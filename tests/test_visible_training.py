@@ -179,6 +179,36 @@ def test_training_through_the_guide_reaches_the_optimum_of_the_collapsed_program
     assert gap(Full("model"), 30) > 0.05
 
 
+def test_branches_of_model_and_guide() -> None:
+    """Hidden sites that exist in some runs only, against brute force."""
+
+    def model(x: Tensor) -> None:
+        a = pyro.sample("a", dist.Bernoulli(logits=pyro.param("top", torch.tensor(0.1))))
+        logits = pyro.param("c", torch.tensor(0.9))
+        if a > 0.5:
+            b = pyro.sample("b", dist.Bernoulli(logits=pyro.param("middle", torch.tensor(0.3))))
+            logits = pyro.param("w", torch.tensor([0.5, -1.5]))[b.long()]
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Bernoulli(logits=logits), obs=x)
+
+    def guide(x: Tensor) -> None:
+        a = pyro.sample("a", dist.Bernoulli(logits=pyro.param("qa", torch.tensor(0.1))))
+        if a > 0.5:
+            pyro.sample("b", dist.Bernoulli(logits=pyro.param("qb", torch.tensor(0.1))))
+
+    x = torch.tensor([1.0, 0.0, 1.0])
+    pyronat.testing.parameters(model, x)
+    expected, layout = pyronat.testing.enumerated_visible_fisher(model, x)
+    places = dict(layout)
+    geometry = Visible(0, num_particles=6, num_dreams=80, estimator="direct")
+    fisher = pyronat.fisher(model, x, geometry=geometry, guide=guide, num_samples=40)
+    slices = fisher.full.slices()
+    order = torch.cat([torch.arange(places[n].start, places[n].stop) for n, _ in slices])
+    visible = expected[order][:, order]
+    missing = (fisher.full.dense()[0] - visible).norm()
+    assert (fisher.dense()[0] - visible).norm() < 0.6 * missing
+
+
 # --- mixing for minibatches --------------------------------------------------------------------
 
 

@@ -63,13 +63,14 @@ class NaturalGradient(pyro.optim.PyroOptim):
     Args:
         lr: learning rate, or a schedule from step number to rate. An adaptive rule
             (`steps.LevenbergMarquardt`) sets the length of natural steps itself.
-        geometry: metric of the model.
+        geometry: metric of the model, `Full()`, `Visible()` or `Euclidean()`.
         guide_geometry: metric of the guide. By default `Full()` if all its sites are of a
             reparametrized continuous family, else `Euclidean()`: the gradient of an amortized
             discrete guide is too noisy for a natural step.
-        damping: rule for λ.
+        damping: rule for λ, or `steps.LevenbergMarquardt()` for exact losses on whole data sets.
         trust_region: bound on the divergence of a step.
-        curvature: how curvature is averaged over steps and how often it is measured.
+        curvature: how curvature is averaged over steps and how often it is measured; by default
+            at every step and without the past where `steps.LevenbergMarquardt` adapts a number.
         others: a Pyro optimizer for all parameters without a metric. By default those of a
             Euclidean side take steps of `steps.ReachScaledAdam`; those without a Fisher
             information, or in a dense block too large to measure, of Adam with rate 1e-3.

@@ -141,7 +141,7 @@ def test_full_natural_gradient_follows_em(tmp_path: Path) -> None:
 
 
 def test_visible_natural_gradient_of_collapsed_program() -> None:
-    problem = CASES["fa-small-noise"].problem(0, 20)
+    problem = CASES["fa-small-noise"].problem(0, 60)
     track = example.Track(problem.evaluate(problem.flatten(problem.start)), 60.0, iterations=100)
     run = example.attempt(problem, VISIBLE, example.run_visible, track)
     assert run.failure is None and run.converged

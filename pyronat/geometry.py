@@ -101,8 +101,8 @@ class Visible(Geometry):
               dreams: the oracle for small nets.
         num_particles: hidden values K for each dream, its own included, with "guide".
         num_dreams: dreams behind each estimate. By default those of one run of the model, one for
-            each element of independent plates, but at least 200 and at most 100 for each parameter
-            entry of the district.
+            each element of independent plates, but no fewer than 100, and no more than 100 for
+            each parameter entry of the district.
         estimator: how dreams are used,
 
             - "direct": G_V from the scores s_V, good where dreams outnumber parameters;

@@ -25,7 +25,7 @@ from pyronat.operators import CholeskyFactor
 Kind: TypeAlias = Literal["visible", "missing", "observed"]
 """What an estimate is of: G_V, G − G_V, or −∇² log p(v)."""
 
-MAX_ROWS = 400
+MAX_ROWS = 200
 """Rows that stand for the missing information of a district that is not kept as a matrix."""
 
 _NEGLIGIBLE = 1e-6

@@ -101,8 +101,8 @@ class Visible(Geometry):
               dreams: the oracle for small nets.
         num_particles: hidden values K for each dream, its own included, with "guide".
         num_dreams: dreams behind each estimate. By default those of one run of the model, one for
-            each element of independent plates, but no fewer than 100, and no more than 100 for
-            each parameter entry of the district.
+            each element of independent plates, but no fewer than 200 (100 in districts of more than
+            512 parameter entries) and no more than 100 for each entry.
         estimator: how dreams are used,
 
             - "direct": G_V from the scores s_V, good where dreams outnumber parameters;

@@ -142,7 +142,8 @@ def design(
         BlockTooLarge: if a matrix is asked for that is too large.
     """
     width = district.size
-    wanted = geometry.num_dreams or max(100, min(per_run, 100 * width))
+    least = 200 if width <= MAX_DENSE_WIDTH else 100
+    wanted = geometry.num_dreams or max(least, min(per_run, 100 * width))
     if geometry.num_dreams is None:
         wanted = min(wanted, MAX_RUNS * per_run)
     effective = wanted * (1 + decay) / (1 - decay)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,17 @@ class Call:
         """Takes all random numbers back to where they were."""
         set_rng_state(self.random[0])
         set_random_state(self.random[1])
+
+    @contextmanager
+    def replayed(self) -> Generator[None, None, None]:
+        """In this context random numbers are those of the call; afterwards they go on as before."""
+        state = get_rng_state(), random_state()
+        self.rewind()
+        try:
+            yield
+        finally:
+            set_rng_state(state[0])
+            set_random_state(state[1])
 
 
 @dataclass(frozen=True)
@@ -164,11 +176,8 @@ class Meter:
                 f"{type(self.loss).__name__} has no loss that can be differentiated twice; use "
                 "TraceEnum_ELBO or Trace_ELBO, or Visible(estimator='direct')"
             )
-        state = get_rng_state(), random_state()
-        call.rewind()
-        loss = self.loss.differentiable_loss(self.model, self.guide, *call.args, **call.kwargs)
-        set_rng_state(state[0])
-        set_random_state(state[1])
+        with call.replayed():
+            loss = self.loss.differentiable_loss(self.model, self.guide, *call.args, **call.kwargs)
         return observed_information(loss, params, side.plan, side.districts)
 
 

@@ -142,7 +142,8 @@ class Side:
                 {name: solved[name].factor for name in district.blocks},
             )
             for district in self.districts
-            if district.name in self.visible
+            # A branch that no run has taken yet leaves blocks without a factor.
+            if district.name in self.visible and solved.keys() >= set(district.blocks)
         }
 
     def _solve(self, name: str, matrix: Tensor, damping: Tensor) -> SolvedBlock:

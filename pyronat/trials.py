@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from pyro.infer import ELBO
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyronat.errors import PyronatError
@@ -17,7 +16,7 @@ from pyronat.optim import NaturalGradient, restore, state_of
 from pyronat.proposals import Proposal, Unjudged
 from pyronat.refresh import Call
 from pyronat.steps import Caution
-from pyronat.tracing import Program, random_state, set_random_state
+from pyronat.tracing import Program
 
 
 @dataclass(frozen=True)
@@ -79,17 +78,12 @@ class Judge:
 
     def evaluate(self, call: Call) -> float:
         """The loss in nats; NaN where it cannot be computed."""
-        state = get_rng_state(), random_state()
-        call.rewind()
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            with call.replayed(), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return float(self.loss.loss(self.model, self.guide, *call.args, **call.kwargs))
         except (ValueError, RuntimeError, PyronatError):
             return math.nan
-        finally:
-            set_rng_state(state[0])
-            set_random_state(state[1])
 
     def gain(self, last: Unjudged, params: Mapping[str, Tensor], loss: float, call: Call) -> float:
         """What an earlier step of the model gains on another batch.
@@ -155,18 +149,15 @@ class Judge:
         self, params: Mapping[str, Tensor], before: Mapping[str, Tensor], call: Call
     ) -> dict[str, Tensor]:
         """Gradients of the loss by parameter; those that the leaves hold are put back."""
-        state = get_rng_state(), random_state()
-        call.rewind()
         for leaf in params.values():
             leaf.grad = None
         try:
-            self.loss.loss_and_grads(self.model, self.guide, *call.args, **call.kwargs)
+            with call.replayed():
+                self.loss.loss_and_grads(self.model, self.guide, *call.args, **call.kwargs)
             return {name: gradient_of(leaf) for name, leaf in params.items()}
         finally:
             for name, leaf in params.items():
                 leaf.grad = before[name]
-            set_rng_state(state[0])
-            set_random_state(state[1])
 
 
 @torch.no_grad()

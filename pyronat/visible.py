@@ -137,9 +137,6 @@ def design(
 
     Returns:
         The design.
-
-    Raises:
-        BlockTooLarge: if a matrix is asked for that is too large.
     """
     width = district.size
     least = 200 if width <= MAX_DENSE_WIDTH else 100
@@ -150,11 +147,8 @@ def design(
     direct = geometry.estimator == "direct"
     if geometry.estimator == "auto":
         direct = width <= MAX_DENSE_WIDTH and effective >= MANY * width
-    if direct and width > MAX_DENSE_WIDTH:
-        raise BlockTooLarge(
-            f"the district of {district.name} has {width} parameter entries, at most "
-            f"{MAX_DENSE_WIDTH} are kept as a matrix; use Visible(estimator='subtractive')"
-        )
+    if direct:
+        check_width(district)
     return Design(
         district=district,
         columns=columns_of(plan, district),
@@ -164,6 +158,22 @@ def design(
         dense=direct or (width <= MAX_DENSE_WIDTH and effective >= ENOUGH * width),
         memory=geometry.memory,
     )
+
+
+def check_width(district: DistrictPlan) -> None:
+    """Refuses to keep a matrix of a large district.
+
+    Args:
+        district: the district.
+
+    Raises:
+        BlockTooLarge: if it has too many parameter entries.
+    """
+    if district.size > MAX_DENSE_WIDTH:
+        raise BlockTooLarge(
+            f"the district of {district.name} has {district.size} parameter entries, at most "
+            f"{MAX_DENSE_WIDTH} are kept as a matrix; use Visible(estimator='subtractive')"
+        )
 
 
 def columns_of(plan: Plan, district: DistrictPlan) -> BlockColumns:

@@ -11,14 +11,14 @@ from torch import Tensor
 from pyronat.curvature import Factor, Plan, observe
 from pyronat.districts import DistrictPlan
 from pyronat.enumeration import WeightedRun, enumerate_parents
-from pyronat.errors import BlockTooLarge, UnsupportedProgram
+from pyronat.errors import UnsupportedProgram
 from pyronat.expectation import check_simulable, common_plates
 from pyronat.importance import DatumPlates
 from pyronat.records import Plate, SiteRecord, visible_elements
 from pyronat.scores import BlockColumns, Slots, datum_scores, element_weights
 from pyronat.spectrum import VisibleAverage
 from pyronat.tracing import Program
-from pyronat.visible import MAX_DENSE_WIDTH, columns_of
+from pyronat.visible import check_width, columns_of
 
 _STATES = "states"
 
@@ -52,7 +52,8 @@ def exact_visible(
     """
     net = plan.program.net
     check_simulable(net)
-    _check_widths(districts)
+    for district in districts:
+        check_width(district)
     sites = frozenset(site.name for site in net.sites)
     shared = common_plates(net)
     runs = enumerate_parents(model, args, kwargs, sites, shared)
@@ -75,15 +76,6 @@ def exact_visible(
         matrix = _outer_of_means(scores, probabilities, numbers)
         averages[district.name] = VisibleAverage("visible", matrix, None, float("inf"))
     return averages
-
-
-def _check_widths(districts: Sequence[DistrictPlan]) -> None:
-    for district in districts:
-        if district.size > MAX_DENSE_WIDTH:
-            raise BlockTooLarge(
-                f"the district of {district.name} has {district.size} parameter entries, at most "
-                f"{MAX_DENSE_WIDTH} are kept as a matrix; use Visible(estimator='subtractive')"
-            )
 
 
 def _visible_values(weighted: WeightedRun, seen: frozenset[str]) -> Tensor:
@@ -170,7 +162,8 @@ def observed_information(
         UnsupportedProgram: if the loss cannot be differentiated twice.
         BlockTooLarge: if a district has too many parameter entries for a matrix.
     """
-    _check_widths(districts)
+    for district in districts:
+        check_width(district)
     names = sorted({param for d in districts for b in d.blocks for param in plan.blocks[b].params})
     leaves = [params[name] for name in names]
     gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -316,3 +317,16 @@ def test_the_metric_of_natural_sleep_comes_from_dreams() -> None:
 
     assert average(1.0).abs().max() == 0
     assert average(0.0).diagonal(dim1=-2, dim2=-1).min() > 1
+
+
+def test_a_district_with_a_block_that_no_run_has_reached_is_left_to_the_full_geometry() -> None:
+    net, x = latent_class.LatentClass(), latent_class.make_data(0, 100)
+    svi = enumerated("exact")(net)
+    svi.step(x)
+    side = svi.optim.sides["model"]
+    assert len(side.spectra) == 1
+    unreached = sorted(side.average)[0]
+    average = {name: value for name, value in side.average.items() if name != unreached}
+    partial = replace(side, average=average).factored(ConstantDamping(1.0), 1.0)
+    assert not partial.spectra
+    assert partial.directions({}, 0.5)[0].keys() < {"probs", "weights"}

@@ -202,7 +202,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
 
     def _sides(self, programs: Mapping[Role, KnownProgram]) -> dict[Role, Side]:
         model, guide = programs["model"].net, programs["guide"].net
-        shared = {n for n in set(model.params) & set(guide.params) if not self._is_excluded(n)}
+        shared = {n for n in _reaching(model) & _reaching(guide) if not self._is_excluded(n)}
         if shared:
             raise UnassignedParameter(
                 f"{', '.join(sorted(shared))} is used by model and guide, which have separate "
@@ -463,6 +463,11 @@ class NaturalGradient(pyro.optim.PyroOptim):
     def load(self, filename: str, map_location: Any = None) -> None:
         """Loads what `save` wrote, with `weights_only=True`, and takes it at once."""
         self.set_state(torch.load(filename, map_location=map_location, weights_only=True))
+
+
+def _reaching(net: BayesNet) -> set[str]:
+    """Parameters that reach a random site; `pyro.module` may register others along with them."""
+    return {name for block in net.blocks for name in block.params}
 
 
 def state_of(optimizer: pyro.optim.PyroOptim) -> dict[str, Any]:

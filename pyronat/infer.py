@@ -19,13 +19,14 @@ from pyronat.expectation import LossObserver, check_simulable
 from pyronat.geometry import Visible
 from pyronat.graph import BayesNet
 from pyronat.guards import all_finite, explained
-from pyronat.loss_traces import watch_traces
+from pyronat.loss_traces import check_loss, watch_traces
 from pyronat.optim import NaturalGradient, restore, state_of
 from pyronat.programs import MAX_BRANCHES, KnownProgram, UnknownStructure, know, learn
 from pyronat.proposals import Proposal
 from pyronat.refresh import Call, Meter
 from pyronat.sides import Role, Side
 from pyronat.tracing import (
+    guide_messenger,
     own_random_numbers,
     params_of,
     random_state,
@@ -135,7 +136,7 @@ class NaturalSVI:
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Estimate of the loss in nats; nothing is changed."""
         with torch.no_grad():
-            return float(self.loss.loss(self.model, self.guide, *args, **kwargs))
+            return _number(self.loss.loss(self.model, self.guide, *args, **kwargs))
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Takes one step on the loss of model and guide.
@@ -154,6 +155,7 @@ class NaturalSVI:
             NonFiniteStep: after three rejected steps in a row.
         """
         start = time.perf_counter()
+        check_loss(self.loss)
         if not self._analyzed:
             with explained(args, kwargs):
                 self._analyze(args, kwargs)
@@ -277,10 +279,18 @@ class NaturalSVI:
             after = random_state()
         if stored != stored_parameters():
             set_random_state(after)
-        model, guide = know(self.model, args, kwargs), know(self.guide, args, kwargs)
+        model = know(self.model, args, kwargs)
+        guide = self._of_guide(know(self.guide, args, kwargs), model)
         self._check_simulable(model)
         self.optim.bind({"model": model, "guide": guide})
         self._analyzed = True
+
+    def _of_guide(self, guide: KnownProgram, model: KnownProgram) -> KnownProgram:
+        """The guide without parameters of a model that it only runs along with itself."""
+        if guide_messenger(self.guide) is None:
+            return guide
+        own = [entry for entry in guide.net.without_fisher if entry[0] not in model.net.params]
+        return replace(guide, net=replace(guide.net, without_fisher=tuple(own)))
 
     def _check_simulable(self, model: KnownProgram) -> None:
         geometry = self.optim.geometry
@@ -296,7 +306,8 @@ class NaturalSVI:
             programs["model"] = learn(unknown, self.model, args, kwargs)
             self._check_simulable(programs["model"])
         else:
-            programs["guide"] = learn(unknown, self.guide, args, kwargs)
+            guide = learn(unknown, self.guide, args, kwargs)
+            programs["guide"] = self._of_guide(guide, programs["model"])
         self.optim.replan(programs)
 
     def _observer(self, refresh: bool) -> LossObserver:
@@ -334,7 +345,7 @@ class NaturalSVI:
         """
         with explained(args, kwargs), watch_traces(self.loss, observer):
             loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        return float(loss[0] if isinstance(loss, tuple) else loss)
+        return _number(loss)
 
     def _apply(self, proposal: Proposal, params: Mapping[str, Tensor]) -> bool:
         """Changes all parameters, or none if anything is not finite."""
@@ -419,6 +430,11 @@ def _quantiles(ess: Tensor | None) -> tuple[float, float, float] | None:
     shares = torch.tensor([0.1, 0.5, 0.9], dtype=ess.dtype, device=ess.device)
     low, median, high = ess.quantile(shares).tolist()
     return low, median, high
+
+
+def _number(loss: Any) -> float:
+    """A loss in nats; of a loss for each program, as Pyro's wake–sleep has it, the model's."""
+    return float(loss[0] if isinstance(loss, tuple) else loss)
 
 
 def _mixed(seed: int, step: int) -> int:

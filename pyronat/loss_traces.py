@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from pyro import poutine
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceTailAdaptive_ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyronat.errors import NoGuideOnDreams, UnsupportedProgram
-from pyronat.tracing import Program, constant_samples, is_random
+from pyronat.tracing import (
+    Program,
+    by_itself,
+    constant_samples,
+    guide_messenger,
+    is_random,
+)
 
 
 def importance_traces(
@@ -31,11 +37,16 @@ def importance_traces(
     Returns:
         Traces of model and guide with log-probabilities, without subsample sites.
     """
+    messenger = guide_messenger(guide)
     with constant_samples():
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
-            *args, **kwargs
-        )
+        if messenger is not None:
+            guide(*args, **kwargs)
+            model_trace, guide_trace = messenger.get_traces()
+        else:
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
+                *args, **kwargs
+            )
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
         check_if_enumerated(guide_trace)
@@ -69,7 +80,7 @@ def sleep_traces(
     }
     args, kwargs = with_simulated(guide, simulated, args, kwargs)
     with poutine.replay(trace=dreamed):
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        trace = poutine.trace(by_itself(guide)).get_trace(*args, **kwargs)
     return dreamed, _scored(trace, float("inf"))
 
 
@@ -120,6 +131,37 @@ def with_simulated(
     return swapped  # type: ignore[no-any-return]
 
 
+_STOCK_SLEEP = "_get_matched_trace"
+_SLEEP_TRACES = ("_get_sleep_trace", _STOCK_SLEEP)
+
+
+def _check_observations(guide: Program) -> None:
+    """Refuses guides that Pyro's own sleep phase cannot hand its dreams to.
+
+    Args:
+        guide: the guide.
+
+    Raises:
+        NoGuideOnDreams: if it takes no `observations`.
+    """
+    taken = inspect.signature(guide).parameters.values()
+    if not any(p.name == "observations" or p.kind is p.VAR_KEYWORD for p in taken):
+        raise NoGuideOnDreams(
+            "the sleep phase of pyro.infer.ReweightedWakeSleep calls model and guide with a "
+            "keyword argument 'observations' (site name → value), which the guide does not take; "
+            "add it, or use pyronat.ReweightedWakeSleep"
+        )
+
+
+def _with_params(guide: poutine.Trace, model: poutine.Trace) -> poutine.Trace:
+    """A guide's trace with its parameters, which a guide that runs its model leaves there alone."""
+    found = guide.copy()
+    for name, site in model.nodes.items():
+        if site["type"] == "param" and name not in found.nodes:
+            found.nodes[name] = site
+    return found
+
+
 class TraceVisitor(Protocol):
     """What is shown the traces of a loss."""
 
@@ -144,6 +186,43 @@ def watch_traces(loss: ELBO, visitor: TraceVisitor) -> Generator[None, None, Non
     Raises:
         UnsupportedProgram: for losses that compile or do not make traces.
     """
+    check_loss(loss)
+    get_trace = loss._get_trace
+    # Ours and Pyro's own have a sleep phase, which makes traces in another way.
+    name = next((n for n in _SLEEP_TRACES if hasattr(loss, n)), "")
+    get_sleep_trace: Any = getattr(loss, name, None)
+
+    def watched(*args: Any) -> Any:
+        model_trace, guide_trace = get_trace(*args)
+        visitor.wake(model_trace, _with_params(guide_trace, model_trace))
+        return model_trace, guide_trace
+
+    def watched_sleep(*args: Any) -> Any:
+        if name == _STOCK_SLEEP:
+            _check_observations(args[1])
+        guide_trace = get_sleep_trace(*args)
+        visitor.sleep(guide_trace)
+        return guide_trace
+
+    loss._get_trace = watched
+    if name:
+        setattr(loss, name, watched_sleep)
+    try:
+        yield
+    finally:
+        vars(loss).pop("_get_trace", None)
+        vars(loss).pop(name, None)
+
+
+def check_loss(loss: Any) -> None:
+    """Refuses losses whose traces cannot be seen before they are differentiated.
+
+    Args:
+        loss: what a user gave as a loss.
+
+    Raises:
+        UnsupportedProgram: naming the loss and what to use in its place.
+    """
     kind = type(loss).__name__
     if not isinstance(loss, ELBO) or not hasattr(loss, "_get_trace"):
         raise UnsupportedProgram(
@@ -151,24 +230,8 @@ def watch_traces(loss: ELBO, visitor: TraceVisitor) -> Generator[None, None, Non
         )
     if kind.startswith(("Jit", "TraceTMC")):
         raise UnsupportedProgram(f"{kind} hides its traces; use its plain counterpart")
-    get_trace = loss._get_trace
-    loss_sleep_trace: Any = getattr(loss, "_get_sleep_trace", None)
-
-    def watched(*args: Any) -> Any:
-        model_trace, guide_trace = get_trace(*args)
-        visitor.wake(model_trace, guide_trace)
-        return model_trace, guide_trace
-
-    def watched_sleep(*args: Any) -> Any:
-        guide_trace = loss_sleep_trace(*args)
-        visitor.sleep(guide_trace)
-        return guide_trace
-
-    loss._get_trace = watched
-    if loss_sleep_trace is not None:
-        loss._get_sleep_trace = watched_sleep
-    try:
-        yield
-    finally:
-        vars(loss).pop("_get_trace", None)
-        vars(loss).pop("_get_sleep_trace", None)
+    if isinstance(loss, TraceTailAdaptive_ELBO):
+        raise UnsupportedProgram(
+            f"{kind} computes no loss, so no step can be judged; use RenyiELBO, which is tail "
+            "adaptive through alpha"
+        )

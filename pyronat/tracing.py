@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
@@ -27,7 +28,11 @@ Program: TypeAlias = Callable[..., Any]
 
 _STATES = "enumerated states"
 
-ADDED_PLATES = frozenset({_STATES, "num_particles_vectorized"})
+ADDED_PLATES = frozenset({
+    _STATES,
+    "num_particles_vectorized",
+    "num_sleep_particles_vectorized",
+})
 """Plates that are not the program's own."""
 
 
@@ -71,18 +76,39 @@ def _record(site: Mapping[str, Any]) -> SiteRecord:
 
 
 def params_of(trace: poutine.Trace) -> dict[str, Tensor]:
-    """Unconstrained parameter leaves in a trace by name, sorted."""
+    """Unconstrained parameter leaves in a trace by name, sorted.
+
+    A leaf that is registered under several names is one parameter, of the last name.
+    """
     leaves = {}
     for name, site in trace.nodes.items():
         if site["type"] == "param":
             value = site["value"]
             leaves[name] = value.unconstrained() if hasattr(value, "unconstrained") else value
-    return dict(sorted(leaves.items()))
+    names = {id(leaf): name for name, leaf in sorted(leaves.items())}
+    return {name: leaf for name, leaf in sorted(leaves.items()) if names[id(leaf)] == name}
 
 
 def stored_parameters() -> frozenset[str]:
     """Names of all parameters in Pyro's store."""
     return frozenset(pyro.get_param_store().keys())
+
+
+def guide_messenger(program: Program) -> GuideMessenger | None:
+    """The guide that runs its model along with itself, as an `AutoMessenger` does, or None."""
+    unwrapped = poutine.unwrap(program)
+    return unwrapped if isinstance(unwrapped, GuideMessenger) else None
+
+
+def by_itself(program: Program) -> Program:
+    """The program without the observed sites of a model that it runs along with itself."""
+    if guide_messenger(program) is None:
+        return program
+    return poutine.block(program, hide_fn=_is_observed)  # type: ignore[no-any-return]
+
+
+def _is_observed(message: Mapping[str, Any]) -> bool:
+    return message["type"] == "sample" and bool(message["is_observed"])
 
 
 class _Outermost(Messenger):
@@ -164,7 +190,7 @@ def run_constant(
         _draw_constant(message)
 
     with _Outermost(visit):
-        trace = poutine.trace(program).get_trace(*args, **kwargs)
+        trace = poutine.trace(by_itself(program)).get_trace(*args, **kwargs)
     return Run(records_of(trace), params_of(trace))
 
 
@@ -196,7 +222,7 @@ def run_followed(
         see(_record(message))
 
     with _Outermost(visit), torch.backends.mkldnn.flags(enabled=False), flow.active():
-        program(*args, **kwargs)
+        by_itself(program)(*args, **kwargs)
 
 
 def _give(message: dict[str, Any], values: Mapping[str, Tensor]) -> None:
@@ -248,7 +274,7 @@ def run_on(
         _draw_constant(message)
 
     with _Outermost(visit):
-        trace = poutine.trace(unconditioned(program)).get_trace(*args, **kwargs)
+        trace = poutine.trace(unconditioned(by_itself(program))).get_trace(*args, **kwargs)
     return Run(records_of(trace), params_of(trace))
 
 

@@ -11,8 +11,16 @@ class UnsupportedDistribution(PyronatError):
     """A site's distribution has no closed-form Fisher information here."""
 
 
+class NoFisher(UnsupportedDistribution):
+    """A site's distribution has no Fisher information, or no density to compute it from."""
+
+
 class UnsupportedProgram(PyronatError):
     """A program uses a construct whose structure or Fisher cannot be computed soundly."""
+
+
+class UnsupportedStructure(PyronatError):
+    """A block cannot be held in the structure that was asked for."""
 
 
 class NotEnumerable(PyronatError):

@@ -5,63 +5,30 @@ other group, as loc and scale of a normal distribution are. A coordinate is a te
 distribution through which its density depends on the parameters; whatever parametrisation the
 user chose, the chain rule through that tensor pulls the Fisher information back to it.
 
-Adding a family is one function and one row of `FAMILIES`.
+Adding a family is one function, in `closed_forms` or `joint_forms`, and one row of `FAMILIES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from math import prod
+import math
+from collections import deque
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributions as dist
 
-from pyronat.errors import UnsupportedDistribution
-
-LOGIT_WEIGHT = 0.25
-"""Largest Fisher weight p (1 - p) of a Bernoulli logit."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Coordinates of a family that are Fisher-orthogonal to its other groups.
-
-    Attributes:
-        name: what the coordinates are called, as in `loc`.
-        coordinates: tensors `[*batch, *event]`, attached to the autograd graph.
-        measure: computes `fisher`.
-        event_dim: number of event dimensions of the coordinates.
-        bound: largest Fisher weight a coordinate can attain, or None where it is unbounded.
-        closed_score: value `[*batch, *event]` → ∂ log p / ∂ coordinates in closed form, one tensor
-            for each coordinate, where the log density does not use the coordinates themselves.
-    """
-
-    name: str
-    coordinates: tuple[Tensor, ...]
-    measure: Callable[[], Tensor]
-    event_dim: int = 0
-    bound: Tensor | float | None = None
-    closed_score: Callable[[Tensor], tuple[Tensor, ...]] | None = None
-
-    @cached_property
-    def fisher(self) -> Tensor:
-        """E[-Hessian of log p] `[*batch, size, size]`, detached, in nats per squared unit."""
-        return self.measure().detach()
-
-    @property
-    def size(self) -> int:
-        """Number of coordinates of one batch element."""
-        shape = self.coordinates[0].shape
-        return len(self.coordinates) * prod(shape[len(shape) - self.event_dim :])
-
-    @property
-    def scalar(self) -> bool:
-        """Whether one batch element has a single scalar coordinate."""
-        return len(self.coordinates) == 1 and not self.event_dim
+from pyronat import closed_forms as forms
+from pyronat import joint_forms
+from pyronat.closed_forms import Group as Group
+from pyronat.closed_forms import Scores, diagonal
+from pyronat.errors import NoFisher, UnsupportedDistribution
+from pyronat.wrappers import base_value as base_value
+from pyronat.wrappers import distribution_tensors, held_distributions
+from pyronat.wrappers import family_name as family_name
+from pyronat.wrappers import peel as peel
+from pyronat.wrappers import wrappers as wrappers
 
 
 def score(distribution: dist.Distribution, name: str, value: Tensor) -> Tensor:
@@ -70,7 +37,7 @@ def score(distribution: dist.Distribution, name: str, value: Tensor) -> Tensor:
     Args:
         distribution: a peeled distribution, whose batch shape is that of the value.
         name: name of the group.
-        value: x `[*batch, *event]`.
+        value: x `[*batch, *event]`, of the peeled distribution (see `base_value`).
 
     Returns:
         Score `[*batch, size]` in nats per unit of each coordinate, detached; 0 in coordinates
@@ -92,30 +59,20 @@ def score(distribution: dist.Distribution, name: str, value: Tensor) -> Tensor:
     return torch.cat([part.detach().reshape(*shape, -1) for part in parts], -1)
 
 
-def peel(distribution: dist.Distribution) -> dist.Distribution:
-    """The innermost distribution, without `Independent` and what expands or masks it."""
-    inner: Any = distribution
-    wrappers = {"Independent", "ExpandedDistribution", "MaskedDistribution"}
-    while type(inner).__name__ in wrappers:
-        inner = inner.base_dist
-    found: dist.Distribution = inner
-    return found
-
-
-def family_of(distribution: dist.Distribution) -> type | None:
+def family_of(distribution: dist.Distribution) -> str | None:
     """The row of `FAMILIES` a peeled distribution belongs to, or None.
 
     A subclass from outside torch and Pyro may change the density, so it has no family; Pyro's own
     `NanMaskedNormal` and `NanMaskedMultivariateNormal` do, where data are missing.
     """
-    kinds = type(distribution).__mro__
-    first = next(
-        (kind for kind in kinds if kind.__module__.startswith("torch.distributions")), None
-    )
-    module = type(distribution).__module__
-    ours = module.startswith(("torch.distributions", "pyro.distributions"))
-    ours = ours and module != "pyro.distributions.nanmasked"
-    return first if ours and first in FAMILIES else None
+    for kind in type(distribution).__mro__:
+        if not kind.__module__.startswith(("torch.distributions", "pyro.distributions")):
+            return None
+        if kind.__module__ == "pyro.distributions.nanmasked":
+            return None
+        if kind.__name__ in FAMILIES:
+            return kind.__name__
+    return None
 
 
 def groups(distribution: dist.Distribution) -> tuple[Group, ...]:
@@ -125,15 +82,22 @@ def groups(distribution: dist.Distribution) -> tuple[Group, ...]:
         distribution: a distribution of one of the `FAMILIES`, wrappers removed.
 
     Returns:
-        One `Group` per set of coordinates, batch shapes equal to the distribution's.
+        One `Group` per set of coordinates, batch shapes equal to the distribution's. A
+        distribution without Fisher information, none of whose tensors depends on parameters, has
+        one group of Fisher information 0, or none.
 
     Raises:
+        NoFisher: if the distribution, or one that it is made of, depends on parameters and has no
+            Fisher information.
         UnsupportedDistribution: for any other family, or when a tensor that the closed form
             treats as fixed depends on parameters.
     """
+    _refuse_singular(distribution)
+    if type(distribution).__name__ in SINGULAR:
+        return _constants(distribution)
     family = family_of(distribution)
     if family is None:
-        names = ", ".join(sorted(kind.__name__ for kind in FAMILIES))
+        names = ", ".join(sorted(FAMILIES))
         raise UnsupportedDistribution(
             f"{type(distribution).__name__} has no closed-form Fisher information; "
             f"supported families: {names}"
@@ -142,136 +106,290 @@ def groups(distribution: dist.Distribution) -> tuple[Group, ...]:
     for name in fixed:
         if getattr(getattr(distribution, name), "requires_grad", False):
             raise UnsupportedDistribution(
-                f"{name} of {family.__name__} depends on parameters, "
-                "but the closed form treats it as fixed"
+                f"{name} of {family} depends on parameters, but the closed form treats it as fixed"
             )
-    return function(distribution)
-
-
-def _diagonal(*weights: Tensor) -> Tensor:
-    return torch.diag_embed(torch.stack(torch.broadcast_tensors(*weights), -1))
-
-
-def _scalar(
-    name: str,
-    coordinate: Tensor,
-    weight: Callable[[], Tensor],
-    bound: Tensor | float | None = None,
-) -> Group:
-    return Group(name, (coordinate,), lambda: _diagonal(weight()), bound=bound)
-
-
-def _bernoulli(d: dist.Bernoulli) -> tuple[Group, ...]:
-    return (_scalar("logits", d.logits, lambda: d.probs * (1 - d.probs), LOGIT_WEIGHT),)
-
-
-def _binomial(d: dist.Binomial) -> tuple[Group, ...]:
-    def weight() -> Tensor:
-        variance: Tensor = d.total_count * d.probs * (1 - d.probs)
-        return variance
-
-    return (_scalar("logits", d.logits, weight, LOGIT_WEIGHT * d.total_count.detach()),)
-
-
-def _categorical(d: dist.Categorical | dist.OneHotCategorical) -> tuple[Group, ...]:
-    def fisher() -> Tensor:
-        p = d.probs
-        return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
-
-    return (Group("logits", (d.logits,), fisher, 1, LOGIT_WEIGHT),)
-
-
-def _location_scale(d: dist.Normal | dist.LogNormal) -> tuple[Group, ...]:
-    return (
-        _scalar("loc", d.loc, lambda: d.scale**-2),
-        _scalar("scale", d.scale, lambda: 2 * d.scale**-2),
-    )
-
-
-def _poisson(d: dist.Poisson) -> tuple[Group, ...]:
-    return (_scalar("rate", d.rate, lambda: 1 / d.rate),)
-
-
-def _exponential(d: dist.Exponential) -> tuple[Group, ...]:
-    return (_scalar("rate", d.rate, lambda: d.rate**-2),)
-
-
-def _gamma(d: dist.Gamma) -> tuple[Group, ...]:
-    def fisher() -> Tensor:
-        a, b = d.concentration, d.rate
-        rows = [torch.polygamma(1, a), -1 / b, -1 / b, a / b**2]
-        found: Tensor = torch.stack(torch.broadcast_tensors(*rows), -1).unflatten(-1, (2, 2))
-        return found
-
-    return (Group("concentration, rate", (d.concentration, d.rate), fisher),)
-
-
-def _beta(d: dist.Beta) -> tuple[Group, ...]:
-    coordinates = (d.concentration1, d.concentration0)
-
-    def fisher() -> Tensor:
-        total = _trigamma(sum(coordinates, torch.zeros_like(coordinates[0])))
-        return _diagonal(*map(_trigamma, coordinates)) - total[..., None, None]
-
-    def closed_score(x: Tensor) -> tuple[Tensor, ...]:
-        total = torch.digamma(coordinates[0] + coordinates[1])
-        logs = x.log(), torch.log1p(-x)
-        return tuple(
-            log + total - torch.digamma(a) for a, log in zip(coordinates, logs, strict=True)
-        )
-
-    name = "concentration1, concentration0"
-    return (Group(name, coordinates, fisher, closed_score=closed_score),)
-
-
-def _trigamma(x: Tensor) -> Tensor:
-    found: Tensor = torch.polygamma(1, x)
+    found = function(distribution)
+    _refuse_uncovered(distribution, [part for group in found for part in group.coordinates])
     return found
 
 
-def _multivariate_normal(d: dist.MultivariateNormal) -> tuple[Group, ...]:
-    """Loc, and the Cholesky factor L of the covariance, F_(ij)(kl) = Li_li Li_jk + P_ik δ_jl."""
-    factor = d._unbroadcasted_scale_tril.expand(*d.batch_shape, *d.event_shape, *d.event_shape)
-    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+# --- refusals ----------------------------------------------------------------------------------
 
-    def inverse() -> Tensor:
-        found: Tensor = torch.linalg.solve_triangular(
-            factor.detach(), eye.expand_as(factor), upper=False
+
+def _refuse_singular(distribution: dist.Distribution) -> None:
+    """Looks for parts without Fisher information.
+
+    Raises:
+        NoFisher: if one depends on parameters.
+    """
+    for part in held_distributions(distribution):
+        name = type(part).__name__
+        if name in SINGULAR and any(t.requires_grad for t in distribution_tensors(part)):
+            raise NoFisher(f"{SINGULAR[name]}, so there is no Fisher information")
+        for argument in MOVING.get(name, ()):
+            tensor = getattr(part, argument)
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                raise NoFisher(
+                    f"{argument} of {name} depends on parameters and the support moves with it, "
+                    "so there is no Fisher information"
+                )
+
+
+def _refuse_uncovered(distribution: dist.Distribution, coordinates: Sequence[Tensor]) -> None:
+    """Looks for tensors that depend on parameters otherwise than the coordinates do.
+
+    Raises:
+        UnsupportedDistribution: if there are any.
+    """
+    known = {id(part) for part in coordinates}
+    others = [
+        tensor
+        for tensor in distribution_tensors(distribution)
+        if tensor.requires_grad and id(tensor) not in known
+    ]
+    attached = [_node_of(part) for part in coordinates if part.requires_grad]
+    # Most tensors are found a few nodes behind the coordinates; a deep network is searched only
+    # for those that are not.
+    for limit in (64, None):
+        if not others:
+            return
+        reached, _ = _behind(attached, frozenset(), limit)
+        others = [tensor for tensor in others if not _behind([_node_of(tensor)], reached, limit)[1]]
+    if others:
+        raise UnsupportedDistribution(
+            f"{type(distribution).__name__} holds a tensor of shape {tuple(others[0].shape)} that "
+            "depends on parameters otherwise than through its coordinates, which the closed form "
+            "would ignore"
         )
-        return found
 
-    def precision() -> Tensor:
-        return inverse().mT @ inverse()
+
+def _node_of(tensor: Tensor) -> Any:
+    """The node of the autograd graph that a tensor comes from; of a leaf, its own."""
+    return torch.autograd.graph.get_gradient_edge(tensor).node
+
+
+def _behind(starts: Sequence[Any], stops: Set[Any], limit: int | None) -> tuple[set[Any], bool]:
+    """Nodes of the autograd graph behind others, without those of `stops` and behind them.
+
+    Args:
+        starts: nodes, themselves counted.
+        stops: nodes that are not passed.
+        limit: number of nodes after which to give up, or None.
+
+    Returns:
+        The nodes, and whether no leaf is among them and none was left out.
+    """
+    queue, found, closed = deque(starts), set[Any](), True
+    while queue:
+        node = queue.popleft()
+        if node is None or node in stops or node in found:
+            continue
+        if limit is not None and len(found) == limit:
+            return found, False
+        found.add(node)
+        closed = closed and bool(node.next_functions)
+        queue.extend(following for following, _ in node.next_functions)
+    return found, closed
+
+
+def _constants(distribution: Any) -> tuple[Group, ...]:
+    """The arguments of a distribution that does not depend on parameters, as one group."""
+    shape = distribution.batch_shape
+    parts = {name: getattr(distribution, name, None) for name in distribution.arg_constraints}
+    kept = {
+        name: part
+        for name, part in parts.items()
+        if isinstance(part, Tensor) and part.shape == shape and part.is_floating_point()
+    }
+    if not kept:
+        return ()
+    weights = [torch.zeros_like(part) for part in kept.values()]
+    return (Group(", ".join(kept), tuple(kept.values()), lambda: diagonal(*weights)),)
+
+
+# --- mixtures with zero ------------------------------------------------------------------------
+
+
+def zero_inflated(d: Any) -> tuple[Group, ...]:
+    """F of the gate's logit and the coordinates of the base together.
+
+    With g = P(gate), f the base's mass at 0, s its score there, p = g + (1 − g) f and the score
+    v = [g (1 − g) (1 − f), (1 − g) f s] / p at 0, and Σ_{x>0} f(x) s(x) = −f s:
+
+        F = p v vᵀ + (1 − g) [[g² (1 − f), g f sᵀ], [g f s, F_base − f s sᵀ]]
+
+    Raises:
+        UnsupportedDistribution: if the base has no closed form, or is continuous.
+    """
+    base = d.base_dist
+    support: Any = base.support
+    discrete = peel(base) is base and support.is_discrete
+    inner = groups(base) if discrete else ()
+    scores = [group.closed_score for group in inner]
+    if not inner or None in scores:
+        raise UnsupportedDistribution(
+            f"ZeroInflatedDistribution of {family_name(base)} has no closed-form Fisher information"
+        )
+    shape = d.batch_shape
+    coordinates = [d.gate_logits, *(part for group in inner for part in group.coordinates)]
+    joined = torch.stack([part.expand(shape) for part in coordinates], -1)
+
+    def base_score(x: Tensor) -> Tensor:
+        parts = [part for function in scores if function is not None for part in function(x)]
+        return torch.stack(torch.broadcast_tensors(*parts), -1)
+
+    def at_zero() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """G and f `[*batch, 1]`, s and v `[*batch, size]`."""
+        zero = torch.zeros_like(joined[..., 0])
+        gate = d.gate_logits.sigmoid().unsqueeze(-1)
+        mass = base.log_prob(zero).exp().unsqueeze(-1)
+        s = base_score(zero)
+        v = torch.cat([gate * (1 - gate) * (1 - mass), (1 - gate) * mass * s], -1)
+        return gate, mass, s, v / (gate + (1 - gate) * mass)
 
     def fisher() -> Tensor:
-        found = torch.einsum("...li,...jk->...ijkl", inverse(), inverse())
-        found = found + torch.einsum("...ik,jl->...ijkl", precision(), eye)
-        lower = torch.ones_like(eye).tril()
-        found = found * lower[:, :, None, None] * lower
-        return found.flatten(-4, -3).flatten(-2, -1)
+        gate, mass, s, v = at_zero()
+        total = gate + (1 - gate) * mass
+        plain = torch.cat([-gate, s], -1)
+        blocks = [group.fisher.expand(*shape, group.size, group.size) for group in inner]
+        whole = _block_diagonal([(gate**2).unsqueeze(-1), *blocks])
+        # Without what the base has at 0.
+        found = (1 - gate).unsqueeze(-1) * (
+            whole - mass.unsqueeze(-1) * plain.unsqueeze(-1) * plain.unsqueeze(-2)
+        )
+        return found + total.unsqueeze(-1) * v.unsqueeze(-1) * v.unsqueeze(-2)
 
-    def closed_score(x: Tensor) -> tuple[Tensor, ...]:
-        standard = inverse() @ (x - d.loc).unsqueeze(-1)
-        return ((inverse().mT @ standard @ standard.mT - inverse() * eye).tril(),)
+    def closed_score(x: Tensor) -> Scores:
+        gate, _, _, v = at_zero()
+        plain = torch.cat([-gate, base_score(x)], -1)
+        return (torch.where((x == 0).unsqueeze(-1), v, plain),)
 
-    return (
-        Group("loc", (d.loc,), precision, 1),
-        Group("scale_tril", (factor,), fisher, 2, closed_score=closed_score),
-    )
+    name = ", ".join(["gate_logits", *(group.name for group in inner)])
+    return (Group(name, (joined,), fisher, 1, closed_score=closed_score),)
 
 
-FAMILIES: dict[type, tuple[Callable[..., tuple[Group, ...]], tuple[str, ...]]] = {
-    dist.Bernoulli: (_bernoulli, ()),
-    dist.Beta: (_beta, ()),
-    dist.Binomial: (_binomial, ("total_count",)),
-    dist.Categorical: (_categorical, ()),
-    dist.Exponential: (_exponential, ()),
-    dist.Gamma: (_gamma, ()),
-    dist.LogNormal: (_location_scale, ()),
-    dist.MultivariateNormal: (_multivariate_normal, ()),
-    dist.Normal: (_location_scale, ()),
-    dist.OneHotCategorical: (_categorical, ()),
-    dist.OneHotCategoricalStraightThrough: (_categorical, ()),
-    dist.Poisson: (_poisson, ()),
+def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """Block-diagonal matrices `[*batch, size, size]`."""
+    size = sum(block.shape[-1] for block in blocks)
+    found = blocks[0].new_zeros(*blocks[-1].shape[:-2], size, size)
+    start = 0
+    for block in blocks:
+        stop = start + block.shape[-1]
+        found[..., start:stop, start:stop] = block
+        start = stop
+    return found
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+_normal = forms.location_scale(1, 2)
+
+FAMILIES: dict[str, tuple[Callable[..., tuple[Group, ...]], tuple[str, ...]]] = {
+    "AffineBeta": (forms.affine_beta, ("loc", "scale")),
+    "AsymmetricLaplace": (forms.asymmetric_laplace, ()),
+    "Bernoulli": (forms.bernoulli, ()),
+    "Beta": (forms.beta, ()),
+    "Binomial": (forms.binomial, ("total_count",)),
+    "Categorical": (joint_forms.categorical, ()),
+    "Cauchy": (forms.location_scale(1 / 2, 1 / 2), ()),
+    "Chi2": (forms.chi2, ()),
+    "CoalescentTimes": (joint_forms.coalescent_times, ("leaf_times",)),
+    "ContinuousBernoulli": (forms.continuous_bernoulli, ()),
+    "Dirichlet": (joint_forms.dirichlet, ()),
+    "ExpRelaxedCategorical": (joint_forms.relaxed_categorical, ("temperature",)),
+    "Exponential": (forms.exponential, ()),
+    "FisherSnedecor": (forms.fisher_snedecor, ()),
+    "Gamma": (forms.gamma, ()),
+    "GeneralizedPareto": (forms.generalized_pareto, ("loc",)),
+    "Geometric": (forms.geometric, ()),
+    "Gumbel": (forms.gumbel, ()),
+    "HalfCauchy": (forms.pure_scale(1 / 2), ()),
+    "HalfNormal": (forms.pure_scale(2), ()),
+    "InverseGamma": (forms.gamma, ()),
+    "Kumaraswamy": (forms.kumaraswamy, ()),
+    "LKJCholesky": (joint_forms.lkj_cholesky, ()),
+    "Laplace": (forms.location_scale(1, 1), ()),
+    "LogNormal": (_normal, ()),
+    "Logistic": (forms.location_scale(1 / 3, (math.pi**2 + 3) / 9), ()),
+    "LogitRelaxedBernoulli": (forms.relaxed_bernoulli, ("temperature",)),
+    "LowRankMultivariateNormal": (joint_forms.low_rank_multivariate_normal, ()),
+    "Multinomial": (joint_forms.multinomial, ("total_count",)),
+    "MultivariateNormal": (joint_forms.multivariate_normal, ()),
+    "MultivariateStudentT": (joint_forms.multivariate_student_t, ()),
+    "NegativeBinomial": (forms.negative_binomial, ("total_count",)),
+    "Normal": (_normal, ()),
+    "OneHotCategorical": (joint_forms.categorical, ()),
+    "Pareto": (forms.pareto, ("scale",)),
+    "Poisson": (forms.poisson, ()),
+    "RelaxedBernoulli": (forms.relaxed_bernoulli, ("temperature",)),
+    "RelaxedOneHotCategorical": (joint_forms.relaxed_categorical, ("temperature",)),
+    "SkewLogistic": (forms.skew_logistic, ()),
+    # Density sech(z) / (π s): E tanh² z = 1/2 and 1 + E z² sech² z = π²/8, by parts.
+    "SoftLaplace": (forms.location_scale(1 / 2, math.pi**2 / 8), ()),
+    "SpanningTree": (joint_forms.spanning_tree, ()),
+    "StudentT": (forms.student_t, ()),
+    "VonMises": (forms.von_mises, ()),
+    "VonMises3D": (joint_forms.von_mises_3d, ()),
+    "Weibull": (forms.weibull, ()),
+    "Wishart": (joint_forms.wishart, ()),
+    "ZeroInflatedDistribution": (zero_inflated, ()),
 }
-"""Family → (groups, names of the tensors that the closed form treats as fixed)."""
+"""Family → (groups, names of the tensors that the closed form treats as fixed).
+
+Subclasses of torch and Pyro belong to the row of their base, as `OrderedLogistic` to Categorical.
+"""
+
+MOVING: dict[str, tuple[str, ...]] = {
+    "AffineBeta": ("loc", "scale"),
+    "Binomial": ("total_count",),
+    "CoalescentTimes": ("leaf_times",),
+    "GeneralizedPareto": ("loc",),
+    "Pareto": ("scale",),
+}
+"""Family → names of the tensors with which its support moves."""
+
+SINGULAR: dict[str, str] = {
+    "Delta": "the point of Delta moves with its parameters",
+    "Empirical": "Empirical has no density in its parameters",
+    "ImproperUniform": "ImproperUniform is not normalized",
+    "Uniform": "the support of Uniform moves with its parameters",
+    "Unit": "Unit is a factor, no distribution",
+}
+"""Distributions without Fisher information, and why."""
+
+REPARAMETRIZED = frozenset({
+    "AffineBeta",
+    "AsymmetricLaplace",
+    "Beta",
+    "Cauchy",
+    "Chi2",
+    "ContinuousBernoulli",
+    "Dirichlet",
+    "ExpRelaxedCategorical",
+    "Exponential",
+    "FisherSnedecor",
+    "Gamma",
+    "GeneralizedPareto",
+    "Gumbel",
+    "HalfCauchy",
+    "HalfNormal",
+    "InverseGamma",
+    "Kumaraswamy",
+    "Laplace",
+    "LogNormal",
+    "Logistic",
+    "LogitRelaxedBernoulli",
+    "LowRankMultivariateNormal",
+    "MultivariateNormal",
+    "MultivariateStudentT",
+    "Normal",
+    "Pareto",
+    "RelaxedBernoulli",
+    "RelaxedOneHotCategorical",
+    "SkewLogistic",
+    "SoftLaplace",
+    "StudentT",
+    "Weibull",
+    "Wishart",
+})
+"""Rows of `FAMILIES` whose draws are differentiable in the parameters."""

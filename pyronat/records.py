@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.distributions.utils import lazy_property
+
+from pyronat.wrappers import distribution_tensors as distribution_tensors
+from pyronat.wrappers import held_tensors as held_tensors
+from pyronat.wrappers import wrappers
 
 
 @dataclass(frozen=True)
@@ -89,79 +90,11 @@ class Run:
 def visible_elements(record: SiteRecord) -> Tensor:
     """Which elements of a site's value no mask hides, broadcastable to the value."""
     found = torch.tensor(True, device=record.value.device)
-    inner: Any = record.distribution
-    masks = [(record.mask, len(inner.event_shape))]
-    while hasattr(inner, "base_dist"):
-        masks.append((getattr(inner, "_mask", None), len(inner.event_shape)))
-        inner = inner.base_dist
+    masks = [(record.mask, len(record.distribution.event_shape))]
+    for wrapper in wrappers(record.distribution):
+        masks.append((getattr(wrapper, "_mask", None), len(wrapper.event_shape)))
     for mask, event_dim in masks:
         if mask is not None:
             part = torch.as_tensor(mask, device=found.device)
             found = found & part.reshape(*part.shape, *[1] * event_dim)
     return found
-
-
-def distribution_tensors(distribution: Distribution) -> list[Tensor]:
-    """All tensors that a distribution and the distributions and transforms in it hold."""
-    return [tensor for alternatives in held_tensors(distribution) for tensor in alternatives]
-
-
-def held_tensors(distribution: Distribution) -> list[tuple[Tensor, ...]]:
-    """Tensors that a distribution holds, those together that are computed from one of them.
-
-    Distributions keep what they compute on demand, as probabilities of logits. Which ones they
-    hold thus depends on what has been asked of them.
-
-    Args:
-        distribution: with its wrappers.
-
-    Returns:
-        Tuples of one tensor, or of one tensor and what has been computed from it, in any order,
-        where the distribution does not say which one it was given.
-    """
-    found: list[tuple[Tensor, ...]] = []
-    stack: list[Any] = [distribution]
-    seen: set[int] = set()
-    while stack:
-        item = stack.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        listed = isinstance(item, (list, tuple))
-        named = list(enumerate(item)) if listed else list(_attributes(item).items())
-        kind: Any = type(item)
-        lazy = _computed_on_demand(kind)
-        alternatives = []
-        for name, part in named:
-            if isinstance(part, Tensor):
-                if name in lazy:
-                    alternatives.append(part)
-                elif id(part) not in seen:
-                    seen.add(id(part))
-                    found.append((part,))
-            elif isinstance(part, _HOLDERS) and not isinstance(part, torch.Size):
-                stack.append(part)
-        if alternatives and not any(str(name).startswith("_unbroadcasted") for name, _ in named):
-            given = [part for part in alternatives if part is getattr(item, "_param", None)]
-            found.append(tuple(given or alternatives))
-    return found
-
-
-def _attributes(item: Any) -> dict[Any, Any]:
-    if isinstance(item, dict):
-        return item
-    # Transforms remember the last value that they have seen.
-    return {name: part for name, part in vars(item).items() if not name.startswith("_cached")}
-
-
-@cache
-def _computed_on_demand(kind: Any) -> frozenset[str]:
-    return frozenset(
-        name
-        for ancestor in getattr(kind, "__mro__", ())
-        for name, attribute in vars(ancestor).items()
-        if isinstance(attribute, lazy_property)
-    )
-
-
-_HOLDERS = (Distribution, torch.distributions.Transform, torch.nn.Module, list, tuple, dict)

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyronat.blocks import ParamBlock
-from pyronat.curvature import Factor
+from pyronat.curvature import UnitFactor
 from pyronat.errors import UnsupportedDistribution
 from pyronat.families import peel, score
 from pyronat.importance import DatumPlates
 from pyronat.records import SiteRecord
+from pyronat.wrappers import base_value, wrappers
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Slots:
 
 
 def datum_scores(
-    factors: Sequence[tuple[Factor, Tensor]], slots: Slots, columns: BlockColumns
+    factors: Sequence[tuple[UnitFactor, Tensor]], slots: Slots, columns: BlockColumns
 ) -> Tensor:
     """Scores of the data, summed over sites.
 
@@ -102,7 +103,7 @@ def datum_scores(
     return columns.join(total)
 
 
-def _element_scores(factor: Factor, weights: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+def _element_scores(factor: UnitFactor, weights: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
     """Weighted scores of a site's base elements in the coordinates of a group, and their rows.
 
     Args:
@@ -120,7 +121,7 @@ def _element_scores(factor: Factor, weights: Tensor, slots: Slots) -> tuple[Tens
     base: Any = peel(record.distribution)
     weights, joined = _to_base(weights, record.distribution)
     event = len(base.event_shape)
-    value = record.value
+    value = base_value(record.distribution, record.value)
     shape = torch.broadcast_shapes(
         value.shape[: value.dim() - event], base.batch_shape, weights.shape
     )
@@ -146,18 +147,16 @@ def _to_base(weights: Tensor, distribution: Distribution) -> tuple[Tensor, int]:
 
     Unlike `curvature.spread_weights` this keeps dimensions along which a value is enumerated.
     """
-    inner: Any = distribution
     joined = 0
-    while hasattr(inner, "base_dist"):
-        dims = getattr(inner, "reinterpreted_batch_ndims", 0)
+    for wrapper in wrappers(distribution):
+        dims = getattr(wrapper, "reinterpreted_batch_ndims", 0)
         weights, joined = weights.reshape(*weights.shape, *[1] * dims), joined + dims
-        if hasattr(inner, "_mask"):
-            weights = weights * torch.as_tensor(inner._mask, device=weights.device)
-        inner = inner.base_dist
+        if hasattr(wrapper, "_mask"):
+            weights = weights * torch.as_tensor(wrapper._mask, device=weights.device)
     return weights, joined
 
 
-def _add(total: Tensor, factor: Factor, scores: Tensor, rows: Tensor) -> None:
+def _add(total: Tensor, factor: UnitFactor, scores: Tensor, rows: Tensor) -> None:
     """Adds Jᵀ δ of one factor to the scores `[rows, count, size]` of its block."""
     if factor.inputs is None:
         _add_entries(total, factor, scores, rows)
@@ -179,7 +178,7 @@ def _add(total: Tensor, factor: Factor, scores: Tensor, rows: Tensor) -> None:
     total.view(-1, inputs.shape[1]).index_add_(0, rows[row, unit] * units + unit, products)
 
 
-def _add_entries(total: Tensor, factor: Factor, scores: Tensor, rows: Tensor) -> None:
+def _add_entries(total: Tensor, factor: UnitFactor, scores: Tensor, rows: Tensor) -> None:
     assert factor.jacobian is not None
     chosen = rows >= 0
     jacobian = factor.jacobian.unflatten(0, scores.shape)[chosen]

@@ -18,9 +18,11 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"blocks", "lattices", "autograd", "operators", "families", "steps", "guards"}),
-    frozenset({"graph", "operations", "entries", "records", "geometry", "spectrum"}),
-    frozenset({"index_rules"}),
+    frozenset({"blocks", "lattices", "autograd", "operators", "steps", "guards"})
+    | {"closed_forms", "wrappers"},
+    frozenset({"graph", "operations", "entries", "records", "geometry", "spectrum"})
+    | {"joint_forms"},
+    frozenset({"index_rules", "families"}),
     frozenset({"flow_rules"}),
     frozenset({"dataflow", "partition", "fingerprint", "districts"}),
     frozenset({"tracing", "importance", "testing"}),

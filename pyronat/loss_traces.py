@@ -20,6 +20,7 @@ from pyronat.tracing import (
     Program,
     by_itself,
     constant_samples,
+    fixed_values,
     guide_messenger,
     is_random,
 )
@@ -79,7 +80,13 @@ def sleep_traces(
         if site["type"] == "sample" and site["infer"].get("was_observed") and is_random(site)
     }
     args, kwargs = with_simulated(guide, simulated, args, kwargs)
-    with poutine.replay(trace=dreamed):
+    if guide_messenger(guide) is None:
+        replay = poutine.replay(trace=dreamed)
+    else:
+        # Replaying would overwrite what such a guide notes down at its sites.
+        nodes = dreamed.nodes.items()
+        replay = fixed_values({n: site["value"] for n, site in nodes if site["type"] == "sample"})
+    with replay:
         trace = poutine.trace(by_itself(guide)).get_trace(*args, **kwargs)
     return dreamed, _scored(trace, float("inf"))
 

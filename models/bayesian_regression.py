@@ -85,7 +85,7 @@ class LinearRegression:
             noise = pyro.param("noise", noise, constraint=dist.constraints.positive)
         weights, intercept = _sample_weights(x, self.prior_scale)
         with pyro.plate("data", len(x), self.batch_size) as index:
-            mean = x[index] @ weights + intercept
+            mean = (x[index] * weights).sum(-1) + intercept
             pyro.sample("y", dist.Normal(mean, noise), obs=y[index])
 
     def posterior(self, x: Tensor, y: Tensor, noise: float | None = None) -> Posterior:
@@ -150,7 +150,7 @@ class LogisticRegression:
         """
         weights, intercept = _sample_weights(x, self.prior_scale)
         with pyro.plate("data", len(x), self.batch_size) as index:
-            logits = x[index] @ weights + intercept
+            logits = (x[index] * weights).sum(-1) + intercept
             pyro.sample("y", dist.Bernoulli(logits=logits), obs=y[index])
 
     def log_joint(self, weights: Tensor, x: Tensor, y: Tensor) -> Tensor:

@@ -7,13 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import networkx as nx
+from torch import Tensor
 
+from pyronat.autograd import Edge as GraphEdge
 from pyronat.autograd import LinearUnits, SampleGate, linear_units
+from pyronat.blocks import LayerAxes
 from pyronat.errors import UnsupportedProgram
 from pyronat.families import peel
 from pyronat.flows import GroupFlow, ProgramFlow, SiteFlow, follow
 from pyronat.graph import BayesNet, Edge, Site
-from pyronat.partition import FactorStructure, blocks_of
+from pyronat.layers import find_layers
+from pyronat.partition import IRREGULAR, FactorStructure, blocks_of, check_regular
 from pyronat.tracing import Program
 
 
@@ -78,6 +82,7 @@ def network_of(flow: ProgramFlow) -> BayesNet:
 
     Raises:
         UnsupportedProgram: if the sites depend on each other in a cycle.
+        UnsupportedDistribution: if a parameter has a Fisher information at some of its sites only.
     """
     names = {id(leaf): name for name, leaf in flow.params.items()}
     sites = tuple(map(_site, flow.sites))
@@ -88,11 +93,14 @@ def network_of(flow: ProgramFlow) -> BayesNet:
         if group.params
     ]
     blocks = blocks_of(flow.components, factors, [site.name for site in sites])
+    assigned = {name for block in blocks for name in block.params}
+    irregular = _irregular(flow)
+    check_regular(irregular, assigned)
     network = BayesNet(
         sites=sites,
         edges=tuple(edge for site in flow.sites for edge in _edges(site)),
         blocks=blocks,
-        without_fisher=_without_fisher(flow, {name for block in blocks for name in block.params}),
+        without_fisher=_without_fisher(flow, assigned, irregular),
     )
     if not nx.is_directed_acyclic_graph(network.graph):
         cycle = " → ".join(parent for parent, _ in nx.find_cycle(network.graph))
@@ -105,7 +113,7 @@ def _site(site: SiteFlow) -> Site:
     return Site(
         name=record.name,
         kind="observed" if record.observed else "latent",
-        family=type(peel(record.distribution)).__name__,
+        family=_family(site),
         plates=tuple(plate.name for plate in record.plates),
         shape=tuple(record.value.shape),
         event_dim=len(record.distribution.event_shape),
@@ -122,12 +130,31 @@ def _edges(site: SiteFlow) -> list[Edge]:
     return data + control
 
 
-def _without_fisher(flow: ProgramFlow, assigned: set[str]) -> tuple[tuple[str, str], ...]:
+def _irregular(flow: ProgramFlow) -> dict[str, str]:
+    """Parameters of distributions without a Fisher information, and why."""
+    return {
+        name: f"{site.record.name} ({_family(site)}) {IRREGULAR}"
+        for site in flow.sites
+        if not site.groups
+        for name in site.params
+    }
+
+
+def _without_fisher(
+    flow: ProgramFlow, assigned: set[str], irregular: Mapping[str, str]
+) -> tuple[tuple[str, str], ...]:
+    def reason(name: str, leaf: Tensor) -> str:
+        if not leaf.requires_grad:
+            return "requires no gradient"
+        return irregular.get(name, "reaches no random site")
+
     return tuple(
-        (name, "reaches no random site" if leaf.requires_grad else "requires no gradient")
-        for name, leaf in flow.params.items()
-        if name not in assigned
+        (name, reason(name, leaf)) for name, leaf in flow.params.items() if name not in assigned
     )
+
+
+def _family(site: SiteFlow) -> str:
+    return type(peel(site.record.distribution)).__name__
 
 
 def _factor(site: SiteFlow, group: GroupFlow, names: Mapping[int, str]) -> FactorStructure:
@@ -139,7 +166,22 @@ def _factor(site: SiteFlow, group: GroupFlow, names: Mapping[int, str]) -> Facto
         exact=group.exact,
         plates=tuple(plate.name for plate in site.record.plates),
         unit_axes=None if units is None else _unit_axes(units, group.params, names),
+        layers=_layers(group, names),
     )
+
+
+def _layers(group: GroupFlow, names: Mapping[int, str]) -> tuple[LayerAxes, ...]:
+    """Layers behind a group; parameters with all their uses at the same places form one."""
+    by_uses: dict[frozenset[GraphEdge], dict[str, int]] = {}
+    for layer in find_layers(group.coordinates, ()):
+        if id(layer.leaf) in names:
+            uses = frozenset(tap.edge for tap in layer.taps)
+            by_uses.setdefault(uses, {})[names[id(layer.leaf)]] = layer.unit_axis
+    found = [
+        LayerAxes(params=tuple(sorted(axes)), axes=tuple(axes[name] for name in sorted(axes)))
+        for axes in by_uses.values()
+    ]
+    return tuple(sorted(found, key=lambda layer: layer.params))
 
 
 def _unit_axes(

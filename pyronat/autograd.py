@@ -126,15 +126,25 @@ def leaves(tensors: Sequence[Tensor], stops: Collection[Edge]) -> list[Tensor]:
     }
     for tensor in tensors:
         if tensor.grad_fn is not None:
-            for node in _walk(edge_of(tensor), stops, _is_empty):
+            for node in walk(edge_of(tensor), stops, _is_empty):
                 if hasattr(node, "variable"):
                     found[id(node.variable)] = node.variable
     return list(found.values())
 
 
-def _walk(
+def walk(
     edge: Edge, stops: Collection[Edge], passes_nothing: Callable[[Edge], bool] = lambda edge: False
 ) -> Iterator[Any]:
+    """Nodes behind an edge, those of leaves included.
+
+    Args:
+        edge: where to begin.
+        stops: edges that are not crossed.
+        passes_nothing: whether an edge, by itself, is not crossed either.
+
+    Yields:
+        The nodes, each once for every output of it that is met.
+    """
     stack, seen = [edge], set()
     while stack:
         edge = stack.pop()
@@ -154,10 +164,10 @@ def _is_empty(edge: Edge) -> bool:
 
 
 def _reaches_leaf(edge: Edge, stops: Collection[Edge]) -> bool:
-    return any(hasattr(node, "variable") for node in _walk(edge, stops))
+    return any(hasattr(node, "variable") for node in walk(edge, stops))
 
 
-def _shape(edge: Edge) -> tuple[int, ...]:
+def shape_of(edge: Edge) -> tuple[int, ...]:
     """Shape of the tensor an edge stands for."""
     node, number = edge
     if hasattr(node, "variable"):
@@ -166,10 +176,10 @@ def _shape(edge: Edge) -> tuple[int, ...]:
 
 
 def _numel(edge: Edge) -> int:
-    return prod(_shape(edge))
+    return prod(shape_of(edge))
 
 
-def _weight_leaf(edge: Edge) -> tuple[Tensor, bool] | None:
+def weight_leaf(edge: Edge) -> tuple[Tensor, bool] | None:
     """The matrix behind an edge and whether its columns, not its rows, are the units."""
     node, flips = edge[0], 0
     while node is not None and node.name() in TRANSPOSING:
@@ -224,7 +234,7 @@ def _collect(edge: Edge, stops: Collection[Edge], terms: list[_Head]) -> bool:
 def _head(
     inputs: Edge, matrix: Edge, saved: str, node: Any, stops: Collection[Edge], terms: list[_Head]
 ) -> bool:
-    weight = _weight_leaf(matrix)
+    weight = weight_leaf(matrix)
     values = getattr(node, saved, None)
     if weight is None or values is None or _reaches_leaf(inputs, stops):
         return False
@@ -311,10 +321,10 @@ def _repeats_rows(edge: Edge) -> bool:
     node = edge[0]
     if node.name() != "ExpandBackward0":
         return False
-    source = list(_shape(node.next_functions[0]))
+    source = list(shape_of(node.next_functions[0]))
     while source and source[0] == 1:
         source.pop(0)
-    target = _shape(edge)
+    target = shape_of(edge)
     return tuple(source) == target[len(target) - len(source) :]
 
 
@@ -325,7 +335,7 @@ def _slope(path: Sequence[Edge], theta: Tensor, units: int, gate: SampleGate) ->
         for upper, lower in zip(path[::2], path[1::2], strict=True):
             if upper == lower:
                 continue
-            ones = torch.ones(_shape(upper), dtype=theta.dtype, device=theta.device)
+            ones = torch.ones(shape_of(upper), dtype=theta.dtype, device=theta.device)
             (part,) = torch.autograd.grad(
                 [GradientEdge(*upper)], [GradientEdge(*lower)], [ones], retain_graph=True
             )
@@ -382,22 +392,61 @@ def jacobian(coordinates: Tensor, params: Sequence[Tensor], gate: SampleGate) ->
     """
     flat = coordinates.reshape(-1)
     size = sum(param.numel() for param in params)
+    if flat.numel() <= size:
+        eye = torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)
+        rows = vector_jacobian_products([flat], params, [eye], gate)
+        return torch.cat(
+            [
+                flat.new_zeros(flat.numel(), param.numel())
+                if row is None
+                else row.reshape(flat.numel(), -1)
+                for row, param in zip(rows, params, strict=True)
+            ],
+            1,
+        )
     with gate.closed():
-        if flat.numel() <= size:
-            eye = torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)
-            rows = torch.autograd.grad(
-                flat, params, eye, is_grads_batched=True, retain_graph=True, allow_unused=True
-            )
-            return torch.cat(
-                [
-                    flat.new_zeros(flat.numel(), param.numel())
-                    if row is None
-                    else row.detach().reshape(flat.numel(), -1)
-                    for row, param in zip(rows, params, strict=True)
-                ],
-                1,
-            )
         return _jacobian_by_columns(flat, params, size)
+
+
+def vector_jacobian_products(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Any],
+    cotangents: Sequence[Tensor],
+    gate: SampleGate,
+) -> list[Tensor | None]:
+    """Σ_outputs cᵀ ∂output/∂input for many cotangents c, sample values held fixed.
+
+    Args:
+        outputs: tensors `[*shape]`.
+        inputs: leaves, or `GradientEdge`s of the graph.
+        cotangents: for each output `[num_cotangents, *shape]`.
+        gate: the sample values.
+
+    Returns:
+        For each input `[num_cotangents, *input]`, detached, or None where no output reaches it.
+    """
+    attached = [output.requires_grad for output in outputs]
+    some = [output for output, keep in zip(outputs, attached, strict=True) if keep]
+    given = [cotangent for cotangent, keep in zip(cotangents, attached, strict=True) if keep]
+    if not some or not inputs:
+        return [None] * len(inputs)
+    found: Sequence[Tensor | None]
+    with gate.closed():
+        try:
+            found = torch.autograd.grad(
+                some, inputs, given, is_grads_batched=True, retain_graph=True, allow_unused=True
+            )
+        except RuntimeError:
+            # Operations without a batching rule, as some custom functions have none.
+            each = [
+                torch.autograd.grad(some, inputs, row, retain_graph=True, allow_unused=True)
+                for row in zip(*given, strict=True)
+            ]
+            found = [
+                None if parts[0] is None else torch.stack(parts)
+                for parts in zip(*each, strict=True)
+            ]
+    return [None if part is None else part.detach() for part in found]
 
 
 def _jacobian_by_columns(flat: Tensor, params: Sequence[Tensor], size: int) -> Tensor:

@@ -34,6 +34,28 @@ class UnitEntries:
 
 Units: TypeAlias = UnitAxes | UnitEntries
 
+Structure: TypeAlias = Literal["unit", "dense", "kronecker", "ekfac", "dual", "cg", "diagonal"]
+"""How the Fisher information of a block is held, see `ParamBlock.structure`."""
+
+CHOICES = frozenset({"dense", "kronecker", "ekfac", "dual", "cg", "diagonal"})
+"""Structures that a user may ask for."""
+
+MAX_DENSE_SIZE = 2048
+"""Largest number of entries of a joint block that is held as a matrix by default."""
+
+
+@dataclass(frozen=True)
+class LayerAxes:
+    """A layer inside a joint block: a weight, a bias, or both.
+
+    Attributes:
+        params: parameter names, sorted.
+        axes: for each of them, the axis that numbers the units.
+    """
+
+    params: tuple[str, ...]
+    axes: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class ParamBlock:
@@ -45,21 +67,31 @@ class ParamBlock:
     Attributes:
         params: parameter names, sorted.
         sites: sites whose Fisher information is summed in the block, in program order.
-        structure: "unit": several units, or units whose coordinates are affine in them; "dense":
-            one matrix over all entries.
+        structure: how the Fisher information of the block is held,
+
+            - "unit": a matrix for each of several units, or units whose coordinates are affine in
+              them;
+            - "dense": one matrix over all entries;
+            - "kronecker": B ⊗ A for each layer of a network, without what couples layers;
+            - "ekfac": the same with corrected eigenvalues;
+            - "dual": rows of Jacobians, solved with in the space of samples;
+            - "cg": the same, solved with by conjugate gradients, without any matrix;
+            - "diagonal": the diagonal alone.
         count: number of units.
         size: number of entries in each.
-        exact: whether the Fisher information is a closed form rather than an approximation.
+        exact: whether the Fisher information, given the parents, is computed exactly; else it is
+            an approximation, or estimated from simulated values.
         factors: the (site, group of coordinates) pairs that the block is summed over.
         linear: for each factor, whether its coordinates are functions of one affine unit each.
         shapes: shapes of the parameters.
         units: which entries make up a unit.
         plates: names of the plates common to all sites.
+        layers: layers of a network in a joint block, where they have been recognized.
     """
 
     params: tuple[str, ...]
     sites: tuple[str, ...]
-    structure: Literal["unit", "dense", "kronecker", "diagonal"]
+    structure: Structure
     count: int
     size: int
     exact: bool
@@ -68,6 +100,7 @@ class ParamBlock:
     shapes: tuple[tuple[int, ...], ...]
     units: Units = field(repr=False)
     plates: tuple[str, ...] = ()
+    layers: tuple[LayerAxes, ...] = ()
 
     @property
     def name(self) -> str:
@@ -81,14 +114,32 @@ class ParamBlock:
         return self.count * self.size
 
     @property
+    def explicit(self) -> bool:
+        """Whether the block is held as one matrix for each unit."""
+        return self.structure in {"unit", "dense"}
+
+    @property
     def matrix_entries(self) -> int:
-        """Numbers in the Fisher matrices of all units, count × size²."""
-        return self.count * self.size**2
+        """Numbers in the Fisher matrices of all units, count × size², or in their factors."""
+        if self.structure in {"kronecker", "ekfac"}:
+            return sum(a * a + b * b for a, b in self.layer_sizes())
+        return self.num_entries if not self.explicit else self.count * self.size**2
 
     @property
     def factor_flops(self) -> float:
-        """Floating-point operations of their Cholesky factorization, count × size³ / 3."""
-        return self.count * self.size**3 / 3
+        """Operations of a Cholesky factorization, count × size³ / 3, or of that of the factors."""
+        if self.structure in {"kronecker", "ekfac"}:
+            return sum(a**3 + b**3 for a, b in self.layer_sizes()) / 3
+        return self.num_entries if not self.explicit else self.count * self.size**3 / 3
+
+    def layer_sizes(self) -> list[tuple[int, int]]:
+        """(fan-in, units) of each layer."""
+        shape_of = dict(zip(self.params, self.shapes, strict=True))
+        sizes = []
+        for layer in self.layers:
+            units = shape_of[layer.params[0]][layer.axes[0]]
+            sizes.append((sum(prod(shape_of[name]) for name in layer.params) // units, units))
+        return sizes
 
 
 def numel(shape: tuple[int, ...]) -> int:

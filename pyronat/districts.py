@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import networkx as nx
 
 from pyronat.blocks import ParamBlock
+from pyronat.errors import BlockTooLarge, UnsupportedDistribution
 from pyronat.graph import BayesNet, District
 
 
@@ -75,9 +76,34 @@ def plan_districts(
         names = tuple(sorted(name for name in tied if isinstance(name, str)))
         members = tuple(parts[number] for number in sorted(n for n in tied if isinstance(n, int)))
         if names and any(part.hidden for part in members):
+            for name in names:
+                _check(blocks[name])
             size = sum(blocks[name].num_entries for name in names)
             plans.append(DistrictPlan(names, size, members))
     return tuple(sorted(plans, key=lambda plan: plan.blocks))
+
+
+def _check(block: ParamBlock) -> None:
+    """Refuses blocks whose scores cannot be taken datum by datum.
+
+    Args:
+        block: a block of a district with hidden sites.
+
+    Raises:
+        BlockTooLarge: if it is not held as one matrix for each unit.
+        UnsupportedDistribution: if its Fisher information is simulated.
+    """
+    if not block.explicit:
+        raise BlockTooLarge(
+            f"the block of {block.name} is held as {block.structure!r}, but the visible geometry "
+            f"needs it dense; choose Full() for this model, or Full(structure={{...: 'dense'}}) as "
+            "Visible(full=...) where it is small enough"
+        )
+    if any(group in {"score", "support"} for _, group in block.factors):
+        raise UnsupportedDistribution(
+            f"site {', '.join(block.sites)} of the block of {block.name} has no closed-form Fisher "
+            "information, which the visible geometry needs; choose Full() for this model"
+        )
 
 
 def _parts(net: BayesNet, guide: BayesNet | None) -> list[Part]:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyronat.curvature import Curvature, Factor, Plan, observe, total_curvature
+from pyronat.curvature import Curvature, Factor, total_curvature
 from pyronat.enumeration import enumerate_parents
 from pyronat.errors import InvalidData, UnsupportedProgram
 from pyronat.flows import tied_plates
 from pyronat.graph import BayesNet
 from pyronat.importance import datum_plates
 from pyronat.loss_traces import importance_traces
+from pyronat.observation import observe
+from pyronat.plans import Plan
 from pyronat.records import SiteRecord
-from pyronat.tracing import Program, dream, params_of, records_of, scored_records_of
+from pyronat.tracing import (
+    Program,
+    dream,
+    own_random_numbers,
+    params_of,
+    records_of,
+    scored_records_of,
+)
 
 
 def dream_curvature(
@@ -148,6 +158,21 @@ def check_simulable(net: BayesNet) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Averaging:
+    """How a loss averages.
+
+    Attributes:
+        num_particles: particles that it averages over.
+        wake_share: weight of the guide on observed data, the rest is on simulated data.
+        num_sleep_particles: simulated data sets that it averages over.
+    """
+
+    num_particles: int = 1
+    wake_share: float = 1.0
+    num_sleep_particles: int = 1
+
+
 class LossObserver:
     """Measures curvature from the traces that a loss makes anyway.
 
@@ -160,10 +185,9 @@ class LossObserver:
         model_plan: plan of the model.
         guide_plan: plan of the guide.
         measured: the programs whose curvature is wanted.
-        num_particles: particles that the loss averages over.
-        wake_share: weight of the guide on observed data, the rest is on simulated data.
-        num_sleep_particles: simulated data sets that the loss averages over.
+        loss: how the loss averages.
         guide_matrix: whether the guide's matrices are wanted.
+        seed: of the values and signs that are drawn to estimate curvature.
     """
 
     def __init__(
@@ -171,14 +195,14 @@ class LossObserver:
         model_plan: Plan,
         guide_plan: Plan,
         measured: Set[str] = frozenset({"model", "guide"}),
-        num_particles: int = 1,
-        wake_share: float = 1.0,
-        num_sleep_particles: int = 1,
+        loss: Averaging | None = None,
         guide_matrix: bool = True,
+        seed: int = 0,
     ) -> None:
         self._model_plan, self._guide_plan, self._measured = model_plan, guide_plan, measured
-        self._num_particles, self._num_sleep_particles = num_particles, num_sleep_particles
-        self._wake_share, self._guide_matrix = wake_share, guide_matrix
+        self._loss = Averaging() if loss is None else loss
+        self._guide_matrix = guide_matrix
+        self._seed = seed
         self._model: list[tuple[Factor, list[Tensor]]] = []
         self._guide: list[tuple[Factor, Tensor]] = []
         self.model_sites: tuple[SiteRecord, ...] = ()
@@ -200,21 +224,30 @@ class LossObserver:
                 raise InvalidData(f"site {record.name!r} has no data: the batch is empty")
         self._model_plan.program.check(self.model_sites, params)
         if "model" in self._measured:
-            for factor in observe(self.model_sites, self._model_plan, params):
+            for factor in self._observed(self.model_sites, self._model_plan, params):
                 self._model.append((factor, _gradient_of(factor.record.log_prob)))
-        self._see_guide(guide, self._wake_share / self._num_particles)
+        self._see_guide(guide, self._loss.wake_share / self._loss.num_particles)
 
     def sleep(self, guide: Any) -> None:
         """Sees the guide on simulated data."""
-        self._see_guide(guide, (1 - self._wake_share) / self._num_sleep_particles)
+        sleep_share = 1 - self._loss.wake_share
+        self._see_guide(guide, sleep_share / self._loss.num_sleep_particles)
 
     def _see_guide(self, guide: Any, share: float) -> None:
         records, params = records_of(guide), params_of(guide)
         self._guide_plan.program.check(records, params)
         if "guide" in self._measured and share > 0:
-            for factor in observe(records, self._guide_plan, params):
+            for factor in self._observed(records, self._guide_plan, params):
                 weights = _guide_weights(factor.record, records)
                 self._guide.append((factor, weights * share))
+
+    def _observed(
+        self, records: Sequence[SiteRecord], plan: Plan, params: Mapping[str, Tensor]
+    ) -> list[Factor]:
+        """Factors of a run; the random numbers of the loss are left as they are."""
+        self._seed += 1
+        with own_random_numbers(self._seed):
+            return observe(records, plan, params)
 
     def model_curvature(self, with_matrix: bool = True) -> dict[str, Curvature]:
         """Curvature of the model's blocks, once the loss has been differentiated."""
@@ -223,7 +256,7 @@ class LossObserver:
                 factor,
                 -gradients[0].clamp_max(0)
                 if gradients
-                else factor.record.base_weights() / self._num_particles,
+                else factor.record.base_weights() / self._loss.num_particles,
             )
             for factor, gradients in self._model
         ]

@@ -9,22 +9,23 @@ import gc
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
 from pyronat.autograd import leaves
 from pyronat.dataflow import Dataflow
 from pyronat.entries import EntryGroups
 from pyronat.errors import StructureChanged, UnsupportedDistribution, UnsupportedProgram
-from pyronat.families import Group, groups, peel
+from pyronat.families import Group
 from pyronat.fingerprint import fingerprint
 from pyronat.lattices import LabelSets, Origins
 from pyronat.partition import UNKNOWN_FAMILY
 from pyronat.records import Run, SiteRecord, distribution_tensors
+from pyronat.simulated import fisher_groups, has_values, is_simulated
 from pyronat.tracing import (
     Program,
     quietly,
@@ -45,7 +46,7 @@ class GroupFlow:
         name: name of the group.
         coordinates: its coordinates, attached to the graph.
         params: names of the parameters that autograd finds behind them, sorted.
-        exact: whether the group has a closed-form Fisher information.
+        exact: whether the Fisher information of the group is not simulated.
         scalar: whether one batch element has a single scalar coordinate.
         roots: nodes of the entries that the coordinates of each batch element depend on.
     """
@@ -69,7 +70,7 @@ class SiteFlow:
         data: sites whose observed data the distribution reads from the arguments' memory.
         coupled: plates along which elements depend on other elements.
         params: parameters that autograd finds behind the distribution, sorted.
-        groups: its groups of coordinates by name.
+        groups: its groups of coordinates by name; none where there is no Fisher information.
     """
 
     record: SiteRecord
@@ -362,22 +363,25 @@ def _follow_entries(call: _Call, sites: Mapping[str, SiteFlow]) -> tuple[dict[st
     def see(record: SiteRecord) -> None:
         site = sites[record.name]
         site.record = record
-        site.groups = {
-            group.name: GroupFlow(
-                name=group.name,
-                coordinates=group.coordinates,
-                params=behind(group.coordinates),
-                exact=True,
-                scalar=group.scalar,
-                roots=_roots(group, flow, lattice),
-            )
-            for group in groups_of(record.distribution) or ()
-        }
-        if not site.groups:
+        try:
+            found = fisher_groups(record.distribution, partial(_unseen, flow))
+        except UnsupportedDistribution:
             tensors = distribution_tensors(record.distribution)
             roots = flow.joined(*tensors)
             unknown = GroupFlow(UNKNOWN_FAMILY, tensors, site.params, False, False, roots)
             site.groups = {unknown.name: unknown}
+        else:
+            site.groups = {
+                group.name: GroupFlow(
+                    name=group.name,
+                    coordinates=group.coordinates,
+                    params=behind(group.coordinates),
+                    exact=not is_simulated(group.name),
+                    scalar=group.scalar and not has_values(group.name),
+                    roots=_roots(group, flow, lattice),
+                )
+                for group in found
+            }
         if bool(flow.escaped.any()):
             # Parameters that left for Python decide on everything that follows.
             with flow.paused():
@@ -422,12 +426,11 @@ def _roots_of(groups: Sequence[GroupFlow]) -> Tensor:
     return found
 
 
-def groups_of(distribution: Distribution) -> tuple[Group, ...] | None:
-    """Fisher-orthogonal groups of a distribution, None where it has no closed form."""
-    try:
-        return groups(peel(distribution))
-    except UnsupportedDistribution:
-        return None
+@contextmanager
+def _unseen(flow: Dataflow) -> Generator[None, None, None]:
+    """In this context random numbers are those of another stream, and the dataflow is paused."""
+    with flow.paused(), torch.random.fork_rng():
+        yield
 
 
 def _roots(group: Group, flow: Dataflow, lattice: EntryGroups) -> Tensor:

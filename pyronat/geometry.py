@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
+from pyronat.blocks import CHOICES, Structure
 from pyronat.steps import HeldOut, LevenbergMarquardt
 
 Source: TypeAlias = Literal["dreams", "posterior", "exact"]
@@ -24,6 +25,11 @@ _SOURCES: dict[str, dict[Source, float]] = {
 
 class Geometry(ABC):
     """A metric on the parameters of one program."""
+
+    @property
+    def structures(self) -> Mapping[str, Structure]:
+        """Names or patterns of parameters → how blocks that hold them are held."""
+        return {}
 
     @property
     @abstractmethod
@@ -50,10 +56,15 @@ class Full(Geometry):
             For a guide, "exact" enumerates its discrete sites; all others use the guide's own
             samples on the data that gave the gradient.
         num_runs: dream runs of the model at a refresh; a run has one dream per plate element.
+        structure: names or patterns of parameters (`{"decoder*": "dual"}`) → how the blocks that
+            hold them are held, see `ParamBlock.structure`: "dense", "kronecker", "ekfac", "dual",
+            "cg" or "diagonal". By default a joint block of up to 2048 entries is dense, a larger
+            one is held in Kronecker factors of its layers, or by rows where it has none.
     """
 
     expectation: Expectation = "pooled"
     num_runs: int = 1
+    structure: Mapping[str, Structure] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """Checks the options.
@@ -67,6 +78,14 @@ class Full(Geometry):
             )
         if self.num_runs < 1:
             raise ValueError(f"num_runs must be at least 1, not {self.num_runs}")
+        unknown = sorted(set(self.structure.values()) - CHOICES)
+        if unknown:
+            raise ValueError(f"structure is one of {', '.join(sorted(CHOICES))}, not {unknown}")
+
+    @property
+    def structures(self) -> Mapping[str, Structure]:
+        """What was asked for."""
+        return self.structure
 
     @property
     def sources(self) -> dict[Source, float]:
@@ -153,6 +172,11 @@ class Visible(Geometry):
             return self.full
         defaults = {"exact": Full("exact"), "enumerate": Full("model"), "guide": Full()}
         return defaults[self.posterior]
+
+    @property
+    def structures(self) -> Mapping[str, Structure]:
+        """Those of the full geometry."""
+        return self.regularizer.structures
 
     @property
     def sources(self) -> dict[Source, float]:

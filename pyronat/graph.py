@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import networkx as nx
 
-from pyronat.blocks import ParamBlock, UnitAxes, UnitEntries
+from pyronat.blocks import LayerAxes, ParamBlock, UnitAxes, UnitEntries
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,8 @@ def _network(content: dict[str, Any]) -> BayesNet:
 def _param_block(content: dict[str, Any]) -> ParamBlock:
     (kind, values), *_ = content["units"].items()
     units = {"axes": UnitAxes, "entries": UnitEntries}[kind](_tuples(values))
-    return ParamBlock(**{**_tuples(content), "units": units})
+    layers = tuple(LayerAxes(**_tuples(layer)) for layer in content["layers"])
+    return ParamBlock(**{**_tuples(content), "units": units, "layers": layers})
 
 
 def _tuples(content: Any) -> Any:

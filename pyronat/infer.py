@@ -15,7 +15,7 @@ from pyro.util import get_rng_state
 from torch import Tensor
 
 from pyronat.errors import InvalidData, NonFiniteStep, StructureChanged
-from pyronat.expectation import LossObserver, check_simulable
+from pyronat.expectation import Averaging, LossObserver, check_simulable
 from pyronat.geometry import Visible
 from pyronat.graph import BayesNet
 from pyronat.guards import all_finite, explained
@@ -155,7 +155,7 @@ class NaturalSVI:
             NonFiniteStep: after three rejected steps in a row.
         """
         start = time.perf_counter()
-        check_loss(self.loss)
+        check_loss(self.loss, (self.model, self.guide))
         if not self._analyzed:
             with explained(args, kwargs):
                 self._analyze(args, kwargs)
@@ -321,10 +321,13 @@ class NaturalSVI:
             model.plan,
             guide.plan,
             frozenset(measured),
-            num_particles=self.loss.num_particles,
-            wake_share=getattr(self.loss, "insomnia", 1.0),
-            num_sleep_particles=getattr(self.loss, "num_sleep_particles", 1),
+            Averaging(
+                num_particles=self.loss.num_particles,
+                wake_share=getattr(self.loss, "insomnia", 1.0),
+                num_sleep_particles=getattr(self.loss, "num_sleep_particles", 1),
+            ),
             guide_matrix=guide.natural,
+            seed=_mixed(self.optim.seed + 1, self.optim.step_count),
         )
 
     def _backward(
@@ -342,9 +345,20 @@ class NaturalSVI:
 
         Raises:
             InvalidData: where Pyro or torch refuse arguments that are not finite, or empty.
+            NonFiniteStep: where the last step has moved a distribution out of its domain.
+            ValueError: as Pyro or torch raise it.
         """
-        with explained(args, kwargs), watch_traces(self.loss, observer):
-            loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        try:
+            with explained(args, kwargs), watch_traces(self.loss, observer):
+                loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        except ValueError as error:
+            if self.info is None or "satisfy the constraint" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise NonFiniteStep(
+                f"the last step, of {self.info.kl:.3g} nats, has moved a distribution out of its "
+                f"domain; lower lr, or bound steps with trust_region=KLTrustRegion(1.0): {reason}"
+            ) from error
         return _number(loss)
 
     def _apply(self, proposal: Proposal, params: Mapping[str, Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""Positive semi-definite operators on parameter blocks: batches of small dense matrices."""
+"""Positive semi-definite operators on parameter blocks, and the dense and diagonal ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,8 +134,65 @@ def add_parts(total: dict[str, Tensor], part: Mapping[str, Tensor]) -> None:
         total[name] = total[name] + value if name in total else value
 
 
+class Solver(ABC):
+    """A damped block that can be solved with."""
+
+    @property
+    @abstractmethod
+    def jitter(self) -> float:
+        """Largest diagonal added beyond the damping, in the units of the matrix."""
+
+    @abstractmethod
+    def solve(self, vectors: Tensor) -> Tensor:
+        """(G + damping + jitter)⁻¹ x for `[count, size]`."""
+
+
+class BlockOperator(ABC):
+    """A symmetric positive semi-definite operator on a block of `count` vectors `[count, size]`.
+
+    Operators of one block add and average; what they average may be an approximation of the
+    matrix that they stand for.
+    """
+
+    @abstractmethod
+    def mv(self, vectors: Tensor) -> Tensor:
+        """G x for `[count, size]`."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The matrices `[groups, width, width]` on the flattened vectors, width entries each."""
+
+    @abstractmethod
+    def mean_diagonal(self) -> Tensor:
+        """Mean of the diagonal over each vector `[count]`."""
+
+    @abstractmethod
+    def factor(self, damping: Tensor) -> Solver:
+        """G + damping · I, ready to be solved with; damping `[count]`."""
+
+    def usable(self, damping: Tensor) -> Tensor:
+        """The damping `[count]` that the operator can take, close to the one asked for."""
+        return damping
+
+    @abstractmethod
+    def __add__(self, other: Any) -> BlockOperator:
+        """The sum, or its approximation in the same form."""
+
+    @abstractmethod
+    def lerp(self, other: Any, share: float) -> BlockOperator:
+        """(1 − share) of this and `share` of the other, or its approximation in the same form."""
+
+    @abstractmethod
+    def zeros(self) -> BlockOperator:
+        """The operator 0 of the same form."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain tensors, numbers, strings, lists and dicts, with the name of the class."""
+        return {"form": type(self).__name__, **vars(self)}
+
+
 @dataclass(frozen=True)
-class BlockMatrix:
+class BlockMatrix(BlockOperator):
     """A block-diagonal matrix, G = diag(G_1, …, G_count).
 
     Attributes:
@@ -147,6 +205,10 @@ class BlockMatrix:
         """G x for `[count, size]`."""
         return (self.matrix @ vectors.unsqueeze(-1)).squeeze(-1)
 
+    def dense(self) -> Tensor:
+        """The matrices themselves."""
+        return self.matrix
+
     def mean_diagonal(self) -> Tensor:
         """Mean of the diagonal of each matrix, `[count]`."""
         return self.matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -155,18 +217,99 @@ class BlockMatrix:
         """Factors G + damping · I, see `cholesky`."""
         return cholesky(self.matrix, damping)
 
+    def __add__(self, other: BlockMatrix) -> BlockMatrix:
+        """The sum."""
+        return BlockMatrix(self.matrix + other.matrix)
+
+    def lerp(self, other: BlockMatrix, share: float) -> BlockMatrix:
+        """(1 − share) of this and `share` of the other."""
+        return BlockMatrix(lerp(self.matrix, other.matrix, share))
+
+    def zeros(self) -> BlockMatrix:
+        """Zero matrices."""
+        return BlockMatrix(torch.zeros_like(self.matrix))
+
 
 @dataclass(frozen=True)
-class CholeskyFactor:
+class Diagonal(BlockOperator):
+    """The diagonal of a matrix alone: what couples entries is left out.
+
+    Attributes:
+        values: not negative `[count, size]`.
+    """
+
+    values: Tensor
+
+    def mv(self, vectors: Tensor) -> Tensor:
+        """G x for `[count, size]`."""
+        return self.values * vectors
+
+    def dense(self) -> Tensor:
+        """Diagonal matrices `[count, size, size]`."""
+        return torch.diag_embed(self.values)
+
+    def mean_diagonal(self) -> Tensor:
+        """Mean of each row, `[count]`."""
+        return self.values.mean(1)
+
+    def factor(self, damping: Tensor) -> DiagonalSolver:
+        """G + damping · I; entries without any are left where they are."""
+        return DiagonalSolver(self.values + damping.unsqueeze(1))
+
+    def __add__(self, other: Diagonal) -> Diagonal:
+        """The sum."""
+        return Diagonal(self.values + other.values)
+
+    def lerp(self, other: Diagonal, share: float) -> Diagonal:
+        """(1 − share) of this and `share` of the other."""
+        return Diagonal(lerp(self.values, other.values, share))
+
+    def zeros(self) -> Diagonal:
+        """Zeros."""
+        return Diagonal(torch.zeros_like(self.values))
+
+
+@dataclass(frozen=True)
+class DiagonalSolver(Solver):
+    """A damped diagonal.
+
+    Attributes:
+        damped: `[count, size]`.
+    """
+
+    damped: Tensor
+
+    @property
+    def jitter(self) -> float:
+        """None is added."""
+        return 0.0
+
+    def solve(self, vectors: Tensor) -> Tensor:
+        """Vectors over the diagonal, 0 where the diagonal is."""
+        return torch.where(self.damped > 0, vectors / self.damped, torch.zeros_like(vectors))
+
+
+def lerp(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """(1 − share) of one tensor and `share` of another, in the type of the first."""
+    return first if share == 0 else torch.lerp(first, second.to(first.dtype), share)
+
+
+@dataclass(frozen=True)
+class CholeskyFactor(Solver):
     """A batch of Cholesky factors with what had to be added to make them.
 
     Attributes:
         lower: `[count, size, size]`.
-        jitter: largest diagonal added beyond the damping, in the units of the matrix.
+        added: largest diagonal added beyond the damping, in the units of the matrix.
     """
 
     lower: Tensor
-    jitter: float
+    added: float
+
+    @property
+    def jitter(self) -> float:
+        """What was added beyond the damping."""
+        return self.added
 
     def solve(self, vectors: Tensor) -> Tensor:
         """(G + damping + jitter)⁻¹ x for `[count, size]`."""

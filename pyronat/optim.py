@@ -12,7 +12,7 @@ import pyro.optim
 import torch
 from torch import Tensor
 
-from pyronat.curvature import Curvature, Plan, make_plan
+from pyronat.curvature import Curvature
 from pyronat.districts import DistrictPlan, plan_districts
 from pyronat.errors import (
     CheckpointMismatch,
@@ -22,6 +22,7 @@ from pyronat.errors import (
 )
 from pyronat.geometry import Euclidean, Full, Geometry, Visible
 from pyronat.graph import BayesNet
+from pyronat.plans import Plan, make_plan
 from pyronat.programs import KnownProgram
 from pyronat.proposals import Proposal, Unjudged, step_scalars
 from pyronat.sides import Role, Side, restored_program
@@ -41,7 +42,7 @@ from pyronat.steps import (
     Schedule,
 )
 
-STATE_FORMAT = 3
+STATE_FORMAT = 4
 CONTINUOUS = frozenset({
     "Normal",
     "LogNormal",
@@ -225,11 +226,13 @@ class NaturalGradient(pyro.optim.PyroOptim):
         if not isinstance(geometry, Visible) or geometry.mixing == 1:
             return ()
         proposing = guide if geometry.posterior == "guide" else None
-        return plan_districts(plan.program.net, plan.blocks, proposing)
+        return plan_districts(plan.net, plan.blocks, proposing)
 
     def _plan(self, program: KnownProgram, geometry: Geometry) -> Plan:
         excluded = filter(self._is_excluded, program.net.params)
-        return make_plan(program, excluded, required=bool(geometry.sources))
+        return make_plan(
+            program, excluded, required=bool(geometry.sources), structures=geometry.structures
+        )
 
     def _is_excluded(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.exclude)
@@ -238,7 +241,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         if self.guide_geometry is not None:
             return self.guide_geometry
         suits = all(site.family in CONTINUOUS for site in net.sites) and all(
-            block.exact and (block.structure == "unit" or block.size <= 1024)
+            block.structure == "unit" or block.structure != "dense" or block.size <= 1024
             for block in net.blocks
         )
         return Full() if suits else Euclidean()

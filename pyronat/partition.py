@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, combinations
 from math import prod
@@ -13,14 +13,26 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from pyronat.blocks import ParamBlock, UnitAxes, UnitEntries, Units
+from pyronat.blocks import (
+    MAX_DENSE_SIZE,
+    LayerAxes,
+    ParamBlock,
+    Structure,
+    UnitAxes,
+    UnitEntries,
+    Units,
+)
 from pyronat.entries import connected_components
-from pyronat.errors import StructureChanged
+from pyronat.errors import StructureChanged, UnsupportedDistribution
 from pyronat.graph import BayesNet, Edge, Site
 from pyronat.operators import AxesLayout, EntriesLayout, Layout
+from pyronat.simulated import SCORE
 
-UNKNOWN_FAMILY = "score"
-"""Name of the one group of coordinates of a distribution without a closed-form Fisher."""
+UNKNOWN_FAMILY = "unknown"
+"""Name of the one group of a distribution whose Fisher information cannot even be simulated."""
+
+IRREGULAR = "has no Fisher information"
+"""Why a parameter is in no block, where its site's distribution is to blame."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +43,11 @@ class FactorStructure:
         site: name of the site.
         group: name of the group.
         params: the parameters that its coordinates depend on, sorted.
-        exact: whether its Fisher information is a closed form.
+        exact: whether its Fisher information is computed exactly, not simulated.
         plates: plates around the site.
         unit_axes: where the coordinates are recognized as functions of one affine unit each: the
             axes of each of `params` that number the units; else None.
+        layers: layers of a network behind the coordinates.
     """
 
     site: str
@@ -43,6 +56,7 @@ class FactorStructure:
     exact: bool
     plates: tuple[str, ...]
     unit_axes: tuple[tuple[int, ...], ...] | None
+    layers: tuple[LayerAxes, ...] = ()
 
 
 def layout_of(block: ParamBlock) -> Layout:
@@ -210,18 +224,41 @@ def _block(
         linear = (False,) * len(members)
     sites = {factor.site for factor in members}
     plates = members[0].plates if members else ()
+    layers = _common_layers(members) if count == 1 and isinstance(units, UnitAxes) else ()
+    structure: Structure = "unit" if count > 1 or all(linear) else "dense"
+    if structure == "dense" and size > MAX_DENSE_SIZE:
+        structure = "kronecker" if layers else "dual"
     return ParamBlock(
         params=params,
         sites=tuple(sorted(sites, key=order.__getitem__)),
-        structure="unit" if count > 1 or all(linear) else "dense",
+        structure=structure,
         count=count,
         size=size,
-        exact=all(factor.exact for factor in members),
+        exact=structure in {"unit", "dense"} and all(factor.exact for factor in members),
         factors=tuple((factor.site, factor.group) for factor in members),
         linear=linear,
         shapes=shapes,
         units=units,
         plates=tuple(p for p in plates if all(p in factor.plates for factor in members)),
+        layers=layers,
+    )
+
+
+def _common_layers(members: Sequence[FactorStructure]) -> tuple[LayerAxes, ...]:
+    """Layers that every factor sees as such, if it sees their parameters at all."""
+    candidates = dict.fromkeys(layer for factor in members for layer in factor.layers)
+    return tuple(
+        sorted(
+            (
+                layer
+                for layer in candidates
+                if all(
+                    layer in factor.layers or not set(layer.params) & set(factor.params)
+                    for factor in members
+                )
+            ),
+            key=lambda layer: layer.params,
+        )
     )
 
 
@@ -255,6 +292,7 @@ def union(first: BayesNet, second: BayesNet) -> BayesNet:
 
     Raises:
         StructureChanged: if a parameter has changed its shape.
+        UnsupportedDistribution: if a parameter has a Fisher information in one of them alone.
     """
     sites = {site.name: site for site in first.sites}
     for site in second.sites:
@@ -269,6 +307,7 @@ def union(first: BayesNet, second: BayesNet) -> BayesNet:
     )
     assigned = {name for block in blocks for name in block.params}
     without = dict([*first.without_fisher, *second.without_fisher])
+    check_regular(without, assigned)
     order = list(sites)
     return BayesNet(
         sites=tuple(sites.values()),
@@ -282,6 +321,24 @@ def union(first: BayesNet, second: BayesNet) -> BayesNet:
         blocks=blocks,
         without_fisher=tuple(sorted((n, r) for n, r in without.items() if n not in assigned)),
     )
+
+
+def check_regular(without: Mapping[str, str], assigned: Set[str]) -> None:
+    """Refuses parameters of regular and irregular distributions at once.
+
+    Args:
+        without: why parameters have no Fisher information, by name.
+        assigned: parameters that have one through some site.
+
+    Raises:
+        UnsupportedDistribution: naming the parameter and the site.
+    """
+    for name, reason in without.items():
+        if IRREGULAR in reason and name in assigned:
+            raise UnsupportedDistribution(
+                f"parameter {name!r} has a Fisher information at some site, but {reason}; use "
+                "parameters of its own there, or detach it"
+            )
 
 
 def _site_union(first: Site, second: Site) -> Site:
@@ -349,9 +406,14 @@ def _factors(net: BayesNet) -> list[FactorStructure]:
                     site=site,
                     group=group,
                     params=tuple(block.params[i] for i in owned),
-                    exact=group != UNKNOWN_FAMILY,
+                    exact=group not in {UNKNOWN_FAMILY, SCORE},
                     plates=sites[site].plates,
                     unit_axes=None if axes is None else tuple(axes[i] for i in owned),
+                    layers=tuple(
+                        layer
+                        for layer in block.layers
+                        if set(layer.params) <= set(sites[site].params)
+                    ),
                 )
             )
     return found
@@ -367,6 +429,7 @@ def _factor_union(factors: Sequence[FactorStructure]) -> list[FactorStructure]:
             alike = known.params == factor.params and known.unit_axes == factor.unit_axes
             plates = tuple(plate for plate in known.plates if plate in factor.plates)
             axes = known.unit_axes if alike else None
-            factor = replace(known, params=params, plates=plates, unit_axes=axes)
+            layers = _common_layers([known, factor])
+            factor = replace(known, params=params, plates=plates, unit_axes=axes, layers=layers)
         merged[factor.site, factor.group] = factor
     return list(merged.values())

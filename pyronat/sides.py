@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from pyronat.blocks import ParamBlock
-from pyronat.curvature import Curvature, Plan, mix
+from pyronat.curvature import Curvature, mix
 from pyronat.districts import DistrictPlan
 from pyronat.errors import CheckpointMismatch, PyronatError
 from pyronat.geometry import Geometry
 from pyronat.graph import BayesNet
-from pyronat.operators import BlockMatrix, CholeskyFactor, add_parts
+from pyronat.operators import BlockOperator, CholeskyFactor, Solver, add_parts
+from pyronat.plans import Plan
 from pyronat.programs import KnownProgram
 from pyronat.spectrum import Spectrum, VisibleAverage, spectrum
 from pyronat.steps import Damping, RunningAverage
@@ -29,12 +30,12 @@ class SolvedBlock:
 
     Attributes:
         damping: λ `[count]` at the refresh that factored it.
-        factor: Cholesky factor of G + λ I.
+        factor: G + λ I, ready to be solved with.
         known: whether G + λ I is more than 0 `[count]`; units of which nothing is known stay.
     """
 
     damping: Tensor
-    factor: CholeskyFactor
+    factor: Solver
     known: Tensor
 
 
@@ -67,7 +68,7 @@ class Side:
     @property
     def net(self) -> BayesNet:
         """The structure of the program."""
-        return self.plan.program.net
+        return self.plan.net
 
     @property
     def complete(self) -> bool:
@@ -128,28 +129,33 @@ class Side:
         """This side with its blocks damped at a learning rate and factored."""
         solved = {}
         for name, curvature in self.average.items() if self.natural else ():
-            assert curvature.matrix is not None
-            diagonal = BlockMatrix(curvature.matrix).mean_diagonal()
+            assert curvature.operator is not None
+            diagonal = curvature.operator.mean_diagonal()
             leverage = _filled(curvature.leverage)
             strength = damping(diagonal, leverage, lr).expand(diagonal.shape)
-            solved[name] = self._solve(name, curvature.matrix, strength)
+            strength = curvature.operator.usable(strength)
+            solved[name] = self._solve(name, curvature.operator, strength)
         return replace(self, solved=solved, spectra=self._spectra(solved))
 
     def _spectra(self, solved: Mapping[str, SolvedBlock]) -> dict[str, Spectrum]:
         return {
             district.name: spectrum(
                 self.visible[district.name],
-                {name: solved[name].factor for name in district.blocks},
+                {
+                    name: factor
+                    for name in district.blocks
+                    if isinstance(factor := solved[name].factor, CholeskyFactor)
+                },
             )
             for district in self.districts
             # A branch that no run has taken yet leaves blocks without a factor.
             if district.name in self.visible and solved.keys() >= set(district.blocks)
         }
 
-    def _solve(self, name: str, matrix: Tensor, damping: Tensor) -> SolvedBlock:
-        block = BlockMatrix(matrix)
+    def _solve(self, name: str, operator: BlockOperator, damping: Tensor) -> SolvedBlock:
         try:
-            return SolvedBlock(damping, block.factor(damping), block.mean_diagonal() + damping > 0)
+            known = operator.mean_diagonal() + damping > 0
+            return SolvedBlock(damping, operator.factor(damping), known)
         except PyronatError as error:
             raise type(error)(f"block of {name}: {error}") from error
 
@@ -219,14 +225,11 @@ class Side:
     def state(self) -> dict[str, Any]:
         """Structure, running averages and damping as plain tensors, numbers, strings and dicts."""
         return {
-            "net": self.net.to_json(),
+            "net": self.plan.program.net.to_json(),
             "runs": sorted(self.plan.program.runs),
             "positions": self.plan.program.positions,
             "refreshes": self.refreshes,
-            "average": {
-                name: {key: value for key, value in vars(curvature).items() if value is not None}
-                for name, curvature in self.average.items()
-            },
+            "average": {name: curvature.state() for name, curvature in self.average.items()},
             "damping": {name: solved.damping for name, solved in self.solved.items()},
             "visible": {name: dict(vars(average)) for name, average in self.visible.items()},
         }
@@ -254,10 +257,7 @@ class Side:
             raise CheckpointMismatch(f"other blocks of the {self.role} are measured: {changed}")
         if state["average"] and state["visible"].keys() != {d.name for d in districts}:
             raise CheckpointMismatch(f"the state is of another geometry of the {self.role}")
-        average = {
-            name: Curvature(values.get("matrix"), values["leverage"], values["reach"])
-            for name, values in state["average"].items()
-        }
+        average = {name: Curvature.from_state(values) for name, values in state["average"].items()}
         side = replace(
             self,
             plan=plan,
@@ -270,9 +270,9 @@ class Side:
         )
         solved = {}
         for name, damping in state["damping"].items():
-            matrix = average[name].matrix
-            assert matrix is not None
-            solved[name] = side._solve(name, matrix, damping)
+            operator = average[name].operator
+            assert operator is not None
+            solved[name] = side._solve(name, operator, damping)
         return replace(side, solved=solved, spectra=side._spectra(solved))
 
 
@@ -329,4 +329,9 @@ def _shapes(net: BayesNet) -> dict[str, tuple[int, ...]]:
 
 
 def _same_entries(first: ParamBlock, second: ParamBlock) -> bool:
-    return (first.params, first.shapes, first.units) == (second.params, second.shapes, second.units)
+    return (first.params, first.shapes, first.units, first.structure) == (
+        second.params,
+        second.shapes,
+        second.units,
+        second.structure,
+    )

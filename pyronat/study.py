@@ -13,7 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from pyronat.curvature import Curvature, make_plan, mix
+from pyronat.curvature import Curvature, mix
 from pyronat.districts import plan_districts
 from pyronat.errors import UnsupportedProgram
 from pyronat.expectation import (
@@ -24,7 +24,8 @@ from pyronat.expectation import (
 )
 from pyronat.geometry import Euclidean, Full, Geometry, Visible
 from pyronat.graph import BayesNet
-from pyronat.operators import BlockMatrix, Layout, add_parts
+from pyronat.operators import BlockMatrix, BlockOperator, Layout, add_parts
+from pyronat.plans import make_plan
 from pyronat.programs import KnownProgram, know, with_all_branches
 from pyronat.scores import BlockColumns
 from pyronat.spectrum import VisibleAverage
@@ -45,12 +46,12 @@ class Fisher:
 
     Attributes:
         net: the analyzed program.
-        blocks: block name → its matrices.
+        blocks: block name → its operator; `net.blocks` says which are exact.
         layouts: block name → where the parameters lie in them.
     """
 
     net: BayesNet
-    blocks: dict[str, BlockMatrix]
+    blocks: dict[str, BlockOperator]
     layouts: dict[str, Layout]
 
     def mv(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,8 +70,7 @@ class Fisher:
         """
 
         def solve(name: str, x: Tensor) -> Tensor:
-            block = self.blocks[name]
-            return block.factor(block.matrix.new_full(block.matrix.shape[:1], damping)).solve(x)
+            return self.blocks[name].factor(x.new_full((len(x),), damping)).solve(x)
 
         return self._map(vector, solve)
 
@@ -79,10 +79,12 @@ class Fisher:
         slices = self.slices()
         positions = self.positions()
         size = slices[-1][1].stop if slices else 0
-        any_block = next(iter(self.blocks.values())).matrix
-        dense = any_block.new_zeros(size, size)
+        matrices = {key: block.dense() for key, block in self.blocks.items()}
+        dense = next(iter(matrices.values())).new_zeros(size, size)
         for key, index in positions.items():
-            for entries, matrix in zip(index, self.blocks[key].matrix, strict=True):
+            # An operator may couple the vectors of a block.
+            groups = index.reshape(len(matrices[key]), -1)
+            for entries, matrix in zip(groups, matrices[key], strict=True):
                 dense[entries.unsqueeze(1), entries] = matrix
         return dense, slices
 
@@ -160,7 +162,7 @@ class VisibleFisher:
         return self.full.net
 
     @property
-    def blocks(self) -> dict[str, BlockMatrix]:
+    def blocks(self) -> dict[str, BlockOperator]:
         """The blocks of G, by name."""
         return self.full.blocks
 
@@ -220,7 +222,7 @@ class VisibleFisher:
 
     def _full(self, name: str) -> Tensor:
         """G of a district `[width, width]`."""
-        blocks = (self.full.blocks[block].matrix for block in self.columns[name].blocks)
+        blocks = (self.full.blocks[block].dense() for block in self.columns[name].blocks)
         found: Tensor = torch.block_diag(*(matrix for block in blocks for matrix in block))
         return found
 
@@ -372,7 +374,7 @@ def _visible_fisher(
 
     def measured(known: KnownProgram, proposing: KnownProgram | None) -> VisibleFisher:
         full = _measured(known, model, args, kwargs, asked.regularizer, guide, num_samples)
-        plan = make_plan(known)
+        plan = make_plan(known, structures=asked.structures)
         guide_net = proposing.net if proposing else None
         districts = plan_districts(known.net, plan.blocks, guide_net)
         if asked.posterior == "exact":
@@ -427,7 +429,7 @@ def _measured(
 ) -> Fisher:
     if {"dreams", "exact"} & metric.sources.keys():
         check_simulable(known.net)
-    plan = make_plan(known)
+    plan = make_plan(known, structures=metric.structures)
     total: dict[str, Curvature] = {}
     weight = 0.0
     for source, share in metric.sources.items():
@@ -440,9 +442,9 @@ def _measured(
             part = posterior_curvature(model, guide, args, kwargs, plan, num_samples)
         weight += share
         total = mix(total, part, share / weight)
-    matrices = {name: c.matrix for name, c in total.items() if c.matrix is not None}
+    blocks = {name: c.operator for name, c in total.items() if c.operator is not None}
     return Fisher(
-        net=known.net,
-        blocks={name: BlockMatrix(matrix) for name, matrix in matrices.items()},
-        layouts={name: plan.layouts[name] for name in matrices},
+        net=plan.net,
+        blocks=blocks,
+        layouts={name: plan.layouts[name] for name in blocks},
     )

@@ -22,12 +22,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pyronat.curvature import Factor, Plan, observe
+from pyronat.curvature import UnitFactor
 from pyronat.districts import DistrictPlan, Part
 from pyronat.dreams import Dream, GuideOnDream, draw, posterior_marginals, run_model
 from pyronat.errors import BlockTooLarge
 from pyronat.geometry import Visible
 from pyronat.importance import DatumPlates
+from pyronat.observation import observe_units
+from pyronat.plans import Plan
 from pyronat.records import Run, SiteRecord
 from pyronat.scores import BlockColumns, Slots, datum_scores, element_weights
 from pyronat.spectrum import ENOUGH, MAX_ROWS, Kind, VisibleAverage, sketched
@@ -312,7 +314,7 @@ class Night:
     def __init__(
         self,
         dream: Dream,
-        runs: Sequence[Sequence[Factor]],
+        runs: Sequence[Sequence[UnitFactor]],
         guide_runs: Sequence[Run],
         model_runs: Sequence[Run],
         marginals: Mapping[str, Tensor] | None,
@@ -380,7 +382,7 @@ class Night:
         numbers[data.to(device)] = torch.arange(len(data), device=device)
         slots = Slots(self._plates(part), numbers.reshape(self._sizes(part)), len(data))
 
-        def scores(factors: Sequence[Factor], marginals: Mapping[str, Tensor]) -> Tensor:
+        def scores(factors: Sequence[UnitFactor], marginals: Mapping[str, Tensor]) -> Tensor:
             weighted = [
                 (f, element_weights(f.record) * marginals.get(f.record.name, 1.0))
                 for f in factors
@@ -449,6 +451,6 @@ class Dreamer:
             factors.append(self._observed(model_run))
         return Night(dream, factors, guide_runs, model_runs, None)
 
-    def _observed(self, run: Run) -> list[Factor]:
+    def _observed(self, run: Run) -> list[UnitFactor]:
         self.plan.program.check(run.records, run.params)
-        return observe(run.records, self.plan, run.params)
+        return observe_units(run.records, self.plan, run.params)

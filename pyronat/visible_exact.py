@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyronat.curvature import Factor, Plan, observe
+from pyronat.curvature import UnitFactor
 from pyronat.districts import DistrictPlan
 from pyronat.enumeration import WeightedRun, enumerate_parents
 from pyronat.errors import UnsupportedProgram
 from pyronat.expectation import check_simulable, common_plates
 from pyronat.importance import DatumPlates
+from pyronat.observation import observe_units
+from pyronat.plans import Plan
 from pyronat.records import Plate, SiteRecord, visible_elements
 from pyronat.scores import BlockColumns, Slots, datum_scores, element_weights
 from pyronat.spectrum import VisibleAverage
@@ -60,7 +62,7 @@ def exact_visible(
     factors = []
     for weighted in runs:
         plan.program.check(weighted.run.records, weighted.run.params)
-        factors.append(observe(weighted.run.records, plan, weighted.run.params))
+        factors.append(observe_units(weighted.run.records, plan, weighted.run.params))
     seen = frozenset(site.name for site in net.sites if site.kind == "observed")
     numbers = _numbers([_visible_values(weighted, seen) for weighted in runs])
     probabilities = torch.cat([
@@ -97,7 +99,7 @@ def _numbers(values: Sequence[Tensor]) -> Tensor:
 
 def _state_scores(
     weighted: WeightedRun,
-    factors: Sequence[Factor],
+    factors: Sequence[UnitFactor],
     columns: BlockColumns,
     shared: frozenset[str],
 ) -> Tensor:

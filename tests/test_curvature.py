@@ -17,24 +17,19 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyronat
-from pyronat import curvature as module
+from pyronat import plans as module
 from pyronat import testing
 from pyronat.blocks import UnitAxes
-from pyronat.curvature import (
-    Curvature,
-    Plan,
-    gram,
-    make_plan,
-    mix,
-    observe,
-    spread_weights,
-    total_curvature,
-)
+from pyronat.curvature import Curvature, gram, mix, total_curvature
 from pyronat.errors import BlockTooLarge, StructureChanged, UnsupportedDistribution
 from pyronat.expectation import dream_curvature, exact_curvature
 from pyronat.graph import BayesNet
+from pyronat.observation import observe
+from pyronat.operators import BlockMatrix
+from pyronat.plans import Plan, make_plan
 from pyronat.programs import KnownProgram, UnknownStructure, know, with_all_branches
 from pyronat.tracing import Run, dream, params_of, records_of
+from pyronat.weights import spread_weights
 
 EXACT = 1e-12
 
@@ -386,8 +381,8 @@ def test_leverage_ignores_masked_data() -> None:
 
 
 def test_curvatures_add_and_mix() -> None:
-    one = Curvature(torch.eye(2)[None], torch.tensor([1.0]), torch.tensor([4.0]))
-    two = Curvature(3 * torch.eye(2)[None], torch.tensor([2.0]), torch.tensor([3.0]))
+    one = Curvature(BlockMatrix(torch.eye(2)[None]), torch.tensor([1.0]), torch.tensor([4.0]))
+    two = Curvature(BlockMatrix(3 * torch.eye(2)[None]), torch.tensor([2.0]), torch.tensor([3.0]))
     total = one + two
     assert total.matrix is not None and torch.equal(total.matrix, 4 * torch.eye(2)[None])
     assert total.leverage.tolist() == [2.0] and total.reach.tolist() == [4.0]
@@ -554,7 +549,7 @@ def test_gates_are_removed() -> None:
 @pytest.mark.parametrize(
     "limit, value, message, excluded",
     [
-        ("MAX_DENSE_SIZE", 2, r"of tb has 3 entries, at most 2", "tb"),
+        ("MAX_FORMED_SIZE", 2, r"of tb has 3 entries, at most 2", "tb"),
         ("MAX_JACOBIAN_ENTRIES", 11, r"tc has 12 entries that are not linear", "tc"),
     ],
 )

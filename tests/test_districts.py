@@ -13,7 +13,7 @@ import torch
 from programs import randn
 from torch import Tensor
 
-from pyronat.curvature import make_plan
+from pyronat.plans import make_plan
 from pyronat.districts import DistrictPlan, Part, plan_districts
 from pyronat.programs import know
 

@@ -327,7 +327,7 @@ def switched() -> tuple[NaturalSVI, dict[str, str]]:
                 pyro.sample("w", dist.Normal(0.0, 1.0), obs=x[:, 0])
             fn = dist.Normal(loc, 1.0)
             if mode["now"] == "other family":
-                fn = dist.Laplace(loc, 1.0)
+                fn = dist.Uniform(loc - 10, loc + 10)
             name = "y" if mode["now"] == "other name" else "x"
             pyro.sample(name, fn, obs=x[:, 0])
 

@@ -26,7 +26,7 @@ from models.helmholtz import Helmholtz
 from models.latent_class import LatentClass
 from models.mixture import GaussianMixture
 from pyronat import Full, NaturalGradient, NaturalSVI, spectrum, testing, visible
-from pyronat.curvature import make_plan
+from pyronat.plans import make_plan
 from pyronat.districts import plan_districts
 from pyronat.errors import CheckpointMismatch
 from pyronat.geometry import Visible

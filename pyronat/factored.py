@@ -1,0 +1,522 @@
+"""Operators on large blocks that are never formed: Kronecker factors, and rows of a Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pyronat.errors import NotPositiveDefinite
+from pyronat.operators import BlockMatrix, BlockOperator, Diagonal, Solver, cholesky, lerp
+
+FLOOR = 1e-12
+"""Smallest eigenvalue of a damped Kronecker product, relative to the largest."""
+
+MAX_ITERATIONS = 1000
+"""Of conjugate gradients."""
+
+
+@dataclass(frozen=True)
+class Kronecker(BlockOperator):
+    """G ≈ B ⊗ A of a layer, vectors being its units: G X = B X A (Martens & Grosse 2015).
+
+    A is the mean of a aᵀ over the rows of its inputs, B the sum of δ δᵀ over what flows back into
+    its units. It is exact where a and δ do not vary together, as for one datum. With `rows` the
+    eigenvalues of B ⊗ A are replaced by second moments in its eigenbasis (George et al. 2018), the
+    best diagonal there is in that basis.
+
+    Attributes:
+        inputs: A `[fan_in, fan_in]`.
+        outputs: B `[units, units]`.
+        mass: Σ weights behind A, `[]`.
+        rows: δ `[rows, units]` and a `[rows, fan_in]` that correct the eigenvalues, or None.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    mass: Tensor
+    rows: tuple[Tensor, Tensor] | None = None
+
+    def mv(self, vectors: Tensor) -> Tensor:
+        """B X A for `[units, fan_in]`."""
+        if self.rows is None:
+            return self.outputs @ vectors @ self.inputs
+        return self._corrected(self.rows).mv(vectors)
+
+    def dense(self) -> Tensor:
+        """One matrix `[1, units * fan_in, units * fan_in]`."""
+        if self.rows is None:
+            return torch.kron(self.outputs, self.inputs).unsqueeze(0)
+        basis = self._corrected(self.rows)
+        vectors = torch.kron(basis.left, basis.right)
+        found: Tensor = (vectors * basis.values.reshape(-1)) @ vectors.mT
+        return found.unsqueeze(0).to(self.inputs.dtype)
+
+    def mean_diagonal(self) -> Tensor:
+        """B_uu · mean diag A, `[units]`."""
+        return self.outputs.diagonal() * self.inputs.diagonal().mean()
+
+    def usable(self, damping: Tensor) -> Tensor:
+        """Its mean for all units where eigenvalues are corrected, in a basis without damping."""
+        return damping if self.rows is None else damping.mean().expand_as(damping)
+
+    def factor(self, damping: Tensor) -> KroneckerSolver:
+        """Eigenvectors of B ⊗ A + diag(damping) ⊗ I, in float64.
+
+        With the damping Λ of each unit, Λ^½ (Λ^-½ B Λ^-½ ⊗ A + I) Λ^½ is that matrix.
+
+        Args:
+            damping: Λ `[units]`, as `usable` has it.
+
+        Returns:
+            The solver.
+        """
+        wide = damping.to(torch.float64)
+        largest = wide.max()
+        if self.rows is not None or not bool(largest > 0):
+            basis = self._basis() if self.rows is None else self._corrected(self.rows)
+            return basis.lifted(float(wide.mean()))
+        scale = wide.clamp_min(1e-6 * largest).sqrt()
+        return self._basis(scale).lifted(1.0)
+
+    def _basis(self, scale: Tensor | None = None) -> KroneckerSolver:
+        """Eigenvectors and eigenvalues of B ⊗ A, or of Λ^-½ B Λ^-½ ⊗ A with the scale Λ^½."""
+        outputs = self.outputs.to(torch.float64)
+        scale = torch.ones_like(outputs[0]) if scale is None else scale
+        left_values, left = _eigenvectors(outputs / scale / scale.unsqueeze(1))
+        right_values, right = _eigenvectors(self.inputs.to(torch.float64))
+        return KroneckerSolver(scale, left, right, left_values.unsqueeze(1) * right_values, 0.0)
+
+    def _corrected(self, rows: tuple[Tensor, Tensor]) -> KroneckerSolver:
+        basis = self._basis()
+        flowing, inputs = (part.to(torch.float64) for part in rows)
+        moments = (flowing @ basis.left).square().mT @ (inputs @ basis.right).square()
+        return replace(basis, values=moments)
+
+    def __add__(self, other: Kronecker) -> Kronecker:
+        """B added, A averaged: exact only where both layers have the same inputs."""
+        total = (self.mass + other.mass).clamp_min(torch.finfo(self.mass.dtype).tiny)
+        rows = None
+        if self.rows is not None and other.rows is not None:
+            rows = _stacked(self.rows, other.rows)
+        return Kronecker(
+            (self.mass * self.inputs + other.mass * other.inputs) / total,
+            self.outputs + other.outputs,
+            self.mass + other.mass,
+            rows,
+        )
+
+    def lerp(self, other: Kronecker, share: float) -> Kronecker:
+        """Factor by factor; the rows are those of the other, unless it has seen nothing."""
+        mine, its = (1 - share) * self.mass, share * other.mass.to(self.mass.dtype)
+        part = float(its / (mine + its).clamp_min(torch.finfo(mine.dtype).tiny))
+        return Kronecker(
+            lerp(self.inputs, other.inputs, part),
+            lerp(self.outputs, other.outputs, share),
+            mine + its,
+            other.rows if float(its) else self.rows,
+        )
+
+    def zeros(self) -> Kronecker:
+        """B = 0."""
+        zero = torch.zeros_like
+        rows = None if self.rows is None else (zero(self.rows[0]), self.rows[1])
+        return Kronecker(zero(self.inputs), zero(self.outputs), zero(self.mass), rows)
+
+
+def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    if not bool(torch.isfinite(matrix).all()):
+        raise NotPositiveDefinite("a Kronecker factor is not finite")
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.clamp_min(0), vectors
+
+
+def _stacked(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
+
+@dataclass(frozen=True)
+class KroneckerSolver(Solver):
+    """Λ^½ (U ⊗ V) diag(values) (U ⊗ V)ᵀ Λ^½, in float64.
+
+    Attributes:
+        scale: Λ^½ `[units]`.
+        left: U `[units, units]`.
+        right: V `[fan_in, fan_in]`.
+        values: `[units, fan_in]`.
+        added: what had to be added to the smallest of them.
+    """
+
+    scale: Tensor
+    left: Tensor
+    right: Tensor
+    values: Tensor
+    added: float
+
+    @property
+    def jitter(self) -> float:
+        """What was added beyond the damping."""
+        return self.added
+
+    def lifted(self, damping: float) -> KroneckerSolver:
+        """With damping added to all values, and more to those that are still negligible."""
+        values = self.values + damping
+        floor = FLOOR * values.max()
+        added = float((floor - values.min()).clamp_min(0))
+        return replace(self, values=values.clamp_min(floor), added=added)
+
+    def mv(self, vectors: Tensor) -> Tensor:
+        """The product with `[units, fan_in]`."""
+        scaled = vectors.to(self.values.dtype) * self.scale.unsqueeze(1)
+        inner = (self.left.mT @ scaled @ self.right) * self.values
+        found = (self.left @ inner @ self.right.mT) * self.scale.unsqueeze(1)
+        return found.to(vectors.dtype)
+
+    def solve(self, vectors: Tensor) -> Tensor:
+        """Λ^-½ U [(Uᵀ Λ^-½ X V) / values] Vᵀ for `[units, fan_in]`."""
+        scaled = vectors.to(self.values.dtype) / self.scale.unsqueeze(1)
+        inner = (self.left.mT @ scaled @ self.right) / self.values
+        found = (self.left @ inner @ self.right.mT) / self.scale.unsqueeze(1)
+        return found.to(vectors.dtype)
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Rows δ ⊗ a of one parameter.
+
+    Attributes:
+        units: δ `[rows, units]`.
+        inputs: a `[rows, fan_in]`.
+        columns: whether the parameter is `[fan_in, units]`, not `[units, fan_in]`.
+    """
+
+    units: Tensor
+    inputs: Tensor
+    columns: bool
+
+    @property
+    def width(self) -> int:
+        """Number of entries of the parameter."""
+        return self.units.shape[1] * self.inputs.shape[1]
+
+    @property
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        return (self.inputs, self.units) if self.columns else (self.units, self.inputs)
+
+    def mv(self, vector: Tensor) -> Tensor:
+        """R x `[rows]` for `[width]`."""
+        first, second = self._pair
+        matrix = vector.reshape(first.shape[1], second.shape[1])
+        return ((first @ matrix) * second).sum(1)
+
+    def rmv(self, weights: Tensor) -> Tensor:
+        """Rᵀ y `[width]` for `[rows]`."""
+        first, second = self._pair
+        return ((first * weights.unsqueeze(1)).mT @ second).reshape(-1)
+
+    def gram(self) -> Tensor:
+        """R Rᵀ `[rows, rows]`."""
+        return (self.units @ self.units.mT) * (self.inputs @ self.inputs.mT)
+
+    def squares(self) -> Tensor:
+        """Σ over rows of the squares `[width]`."""
+        first, second = self._pair
+        return (first.square().mT @ second.square()).reshape(-1)
+
+    def scaled(self, factors: Tensor) -> Outer:
+        """The rows times factors `[rows]`."""
+        return replace(self, units=self.units * factors.unsqueeze(1))
+
+    def tensors(self) -> list[Tensor]:
+        """What it holds."""
+        return [self.units, self.inputs]
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """Rows of one parameter, or of several, entry by entry.
+
+    Attributes:
+        matrix: `[rows, width]`.
+    """
+
+    matrix: Tensor
+
+    @property
+    def width(self) -> int:
+        """Number of entries."""
+        return self.matrix.shape[1]
+
+    def mv(self, vector: Tensor) -> Tensor:
+        """R x `[rows]` for `[width]`."""
+        return self.matrix @ vector
+
+    def rmv(self, weights: Tensor) -> Tensor:
+        """Rᵀ y `[width]` for `[rows]`."""
+        return self.matrix.mT @ weights
+
+    def gram(self) -> Tensor:
+        """R Rᵀ `[rows, rows]`."""
+        return self.matrix @ self.matrix.mT
+
+    def squares(self) -> Tensor:
+        """Σ over rows of the squares `[width]`."""
+        return self.matrix.square().sum(0)
+
+    def scaled(self, factors: Tensor) -> Explicit:
+        """The rows times factors `[rows]`."""
+        return Explicit(self.matrix * factors.unsqueeze(1))
+
+    def tensors(self) -> list[Tensor]:
+        """What it holds."""
+        return [self.matrix]
+
+
+Piece: TypeAlias = Outer | Explicit
+
+
+def concatenated(first: Piece, second: Piece) -> Piece:
+    """Rows of one after those of the other; explicit where the two are of different form."""
+    if isinstance(first, Outer) and isinstance(second, Outer):
+        return Outer(
+            torch.cat([first.units, second.units]),
+            torch.cat([first.inputs, second.inputs]),
+            first.columns,
+        )
+    return Explicit(torch.cat([explicit(first), explicit(second)]))
+
+
+def explicit(piece: Piece) -> Tensor:
+    """The rows entry by entry `[rows, width]`."""
+    if isinstance(piece, Explicit):
+        return piece.matrix
+    first, second = piece._pair
+    return (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1)
+
+
+@dataclass(frozen=True)
+class Rows(BlockOperator):
+    """G = Rᵀ R of a joint block, never formed.
+
+    Attributes:
+        pieces: R, one piece after the other along the entries of the block.
+        method: "dual" solves with R Rᵀ, "cg" by conjugate gradients with products R x and Rᵀ y.
+        max_rows: rows that an average keeps, the newest first; the others' share goes to them.
+    """
+
+    pieces: tuple[Piece, ...]
+    method: Literal["dual", "cg"]
+    max_rows: int
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of R."""
+        return len(self.pieces[0].tensors()[0])
+
+    @cached_property
+    def _widths(self) -> list[int]:
+        return [piece.width for piece in self.pieces]
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """R x `[rows]` for `[size]`."""
+        parts = zip(self.pieces, vector.split(self._widths), strict=True)
+        return torch.stack([piece.mv(part) for piece, part in parts]).sum(0)
+
+    def backward(self, weights: Tensor) -> Tensor:
+        """Rᵀ y `[size]` for `[rows]`."""
+        return torch.cat([piece.rmv(weights) for piece in self.pieces])
+
+    def gram(self) -> Tensor:
+        """R Rᵀ `[rows, rows]`."""
+        return torch.stack([piece.gram() for piece in self.pieces]).sum(0)
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of G `[size]`."""
+        return torch.cat([piece.squares() for piece in self.pieces])
+
+    def mv(self, vectors: Tensor) -> Tensor:
+        """Rᵀ R x for `[1, size]`."""
+        return self.backward(self.forward(vectors[0])).unsqueeze(0)
+
+    def dense(self) -> Tensor:
+        """The matrix `[1, size, size]`."""
+        rows = torch.cat([explicit(piece) for piece in self.pieces], 1)
+        return (rows.mT @ rows).unsqueeze(0)
+
+    def mean_diagonal(self) -> Tensor:
+        """Mean of the diagonal `[1]`."""
+        return self.diagonal().mean().unsqueeze(0)
+
+    def factor(self, damping: Tensor) -> Solver:
+        """G + damping · I; without damping, jitter of 1e-7 of the mean diagonal takes its place.
+
+        Args:
+            damping: `[1]`.
+
+        Returns:
+            The solver of the method.
+        """
+        least = 1e-7 * self.mean_diagonal()
+        jitter = (least - damping).clamp_min(0)
+        damped, added = damping + jitter, float(jitter)
+        if self.method == "cg":
+            return IterativeSolver(self, damped, added)
+        gram = BlockMatrix(self.gram().unsqueeze(0).to(torch.float64))
+        return DualSolver(self, damped, cholesky(gram.matrix, damped.to(torch.float64)), added)
+
+    def __add__(self, other: Rows) -> Rows:
+        """The rows of both."""
+        pairs = zip(self.pieces, other.pieces, strict=True)
+        return replace(self, pieces=tuple(concatenated(a, b) for a, b in pairs))
+
+    def lerp(self, other: Rows, share: float) -> Rows:
+        """The newest rows of both, those of the other first, scaled."""
+        both = other._scaled(share) + self._scaled(1 - share) if share < 1 else other
+        return both._newest(self.max_rows)
+
+    def _scaled(self, share: float) -> Rows:
+        like = self.pieces[0].tensors()[0]
+        factors = like.new_full((self.num_rows,), share**0.5)
+        return replace(self, pieces=tuple(piece.scaled(factors) for piece in self.pieces))
+
+    def _newest(self, count: int) -> Rows:
+        """The first rows, scaled so that the trace is that of all."""
+        if self.num_rows <= count:
+            return self
+        norms = self._norms()
+        share = norms.sum() / norms[:count].sum().clamp_min(torch.finfo(norms.dtype).tiny)
+        factors = share.sqrt().expand(count)
+
+        def cut(piece: Piece) -> Piece:
+            if isinstance(piece, Outer):
+                return Outer(piece.units[:count], piece.inputs[:count], piece.columns)
+            return Explicit(piece.matrix[:count])
+
+        return replace(self, pieces=tuple(cut(piece).scaled(factors) for piece in self.pieces))
+
+    def _norms(self) -> Tensor:
+        """Squared norm of each row."""
+        parts = [
+            piece.units.square().sum(1) * piece.inputs.square().sum(1)
+            if isinstance(piece, Outer)
+            else piece.matrix.square().sum(1)
+            for piece in self.pieces
+        ]
+        return torch.stack(parts).sum(0)
+
+    def zeros(self) -> Rows:
+        """Rows of zeros."""
+        return self._scaled(0.0)
+
+    def state(self) -> dict[str, Any]:
+        """Plain tensors, numbers, strings and lists."""
+        return {
+            "form": "Rows",
+            "pieces": [
+                {"tensors": piece.tensors(), "columns": getattr(piece, "columns", None)}
+                for piece in self.pieces
+            ],
+            "method": self.method,
+            "max_rows": self.max_rows,
+        }
+
+
+@dataclass(frozen=True)
+class DualSolver(Solver):
+    """(RᵀR + λ)⁻¹ = (1 − Rᵀ (λ + R Rᵀ)⁻¹ R) / λ.
+
+    Attributes:
+        rows: R.
+        damping: λ `[1]`.
+        lower: Cholesky factor of λ + R Rᵀ, in float64.
+        added: part of λ that is jitter.
+    """
+
+    rows: Rows
+    damping: Tensor
+    lower: Solver
+    added: float
+
+    @property
+    def jitter(self) -> float:
+        """What was added beyond the damping."""
+        return self.added
+
+    def solve(self, vectors: Tensor) -> Tensor:
+        """The solution for `[1, size]`."""
+        inner = self.lower.solve(self.rows.forward(vectors[0]).unsqueeze(0))[0]
+        return (vectors - self.rows.backward(inner).unsqueeze(0)) / self.damping
+
+
+@dataclass(frozen=True)
+class IterativeSolver(Solver):
+    """Conjugate gradients on RᵀR + λ with the diagonal as preconditioner.
+
+    Attributes:
+        rows: R.
+        damping: λ `[1]`.
+        added: part of λ that is jitter.
+    """
+
+    rows: Rows
+    damping: Tensor
+    added: float
+
+    @property
+    def jitter(self) -> float:
+        """What was added beyond the damping."""
+        return self.added
+
+    @cached_property
+    def _inverse_diagonal(self) -> Tensor:
+        return 1 / (self.rows.diagonal() + self.damping)
+
+    def solve(self, vectors: Tensor) -> Tensor:
+        """The solution for `[1, size]`, to a relative residual of ε^¾ of the type.
+
+        Args:
+            vectors: right-hand side `[1, size]`.
+
+        Returns:
+            The solution.
+
+        Raises:
+            NotPositiveDefinite: if it has not converged after `MAX_ITERATIONS`.
+        """
+        right = vectors[0]
+        target = torch.finfo(right.dtype).eps ** 0.75 * right.norm()
+        found, residual = torch.zeros_like(right), right
+        direction = preconditioned = residual * self._inverse_diagonal
+        energy = residual @ preconditioned
+        for _ in range(MAX_ITERATIONS):
+            if bool(residual.norm() <= target):
+                return found.unsqueeze(0)
+            product = self.rows.backward(self.rows.forward(direction)) + self.damping * direction
+            length = energy / (direction @ product)
+            found, residual = found + length * direction, residual - length * product
+            preconditioned = residual * self._inverse_diagonal
+            before, energy = energy, residual @ preconditioned
+            direction = preconditioned + energy / before * direction
+        raise NotPositiveDefinite(
+            f"conjugate gradients have not converged in {MAX_ITERATIONS} iterations; raise the "
+            "damping, or choose the structure 'dual'"
+        )
+
+
+def operator_from(state: dict[str, Any]) -> BlockOperator:
+    """The operator of a `state`."""
+    content = {key: value for key, value in state.items() if key != "form"}
+    if state["form"] == "Rows":
+        content["pieces"] = tuple(_piece(**piece) for piece in content["pieces"])
+    if content.get("rows") is not None:
+        content["rows"] = tuple(content["rows"])
+    forms = {form.__name__: form for form in (BlockMatrix, Diagonal, Kronecker, Rows)}
+    return forms[state["form"]](**content)
+
+
+def _piece(tensors: Sequence[Tensor], columns: bool | None) -> Piece:
+    return Explicit(tensors[0]) if columns is None else Outer(tensors[0], tensors[1], columns)

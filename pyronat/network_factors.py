@@ -1,0 +1,160 @@
+"""Factors of joint blocks of networks: Kronecker factors of a layer, rows of a whole block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyronat.curvature import Curvature, Factor
+from pyronat.datum_rows import Data, LayerRows
+from pyronat.errors import UnsupportedProgram
+from pyronat.factored import Explicit, Kronecker, Outer, Piece, Rows
+from pyronat.families import Group
+from pyronat.operators import BlockOperator, Diagonal
+from pyronat.records import SiteRecord
+
+
+@dataclass(frozen=True)
+class LayerFactor(Factor):
+    """What one site contributes to a layer that is held in Kronecker factors.
+
+    Attributes:
+        block: name of the block of the layer.
+        record: the site in that run.
+        group: the coordinates.
+        data: the data of the site.
+        rows: of the layer's first parameter, with a square root of the Fisher information.
+        reference: the same with the largest Fisher information, or None where unbounded.
+        inputs: a of all parameters of the layer by tap `[rows, fan_in]`, in the order of the block.
+        corrected: whether rows are kept to correct the eigenvalues.
+    """
+
+    block: str
+    record: SiteRecord
+    group: Group
+    data: Data
+    rows: LayerRows
+    reference: LayerRows | None
+    inputs: tuple[Tensor, ...]
+    corrected: bool
+
+    def curvature(self, weights: Tensor, with_matrix: bool = True) -> Curvature:
+        """B = Σ_n w_n δ δᵀ and A = mean of a aᵀ, see `Factor.curvature`."""
+        by_datum = self.data.weights(weights.to(self.inputs[0].dtype))
+        flowing, inputs = self._stacked(self.rows), torch.cat(self.inputs)
+        spread = torch.cat([self._along(by_datum, len(part)) for part in self.inputs])
+        operator = self._operator(flowing, inputs, spread) if with_matrix else None
+        largest = flowing if self.reference is None else self._stacked(self.reference)
+        moved = (largest.square().sum(0) * spread.unsqueeze(1)).mT
+        mass = by_datum.sum().clamp_min(torch.finfo(by_datum.dtype).tiny)
+        tiny = torch.finfo(spread.dtype).tiny
+        mean_reach = spread @ inputs.abs().sum(1) / spread.sum().clamp_min(tiny)
+        scale = torch.as_tensor(self.record.scale).max().to(inputs)
+        return Curvature(
+            operator,
+            leverage=scale * (moved @ inputs.square().sum(1)) / mass,
+            reach=2 * (moved.sum(1) / mass).sqrt() * mean_reach,
+        )
+
+    def _operator(self, flowing: Tensor, inputs: Tensor, spread: Tensor) -> Kronecker:
+        weighted = flowing * spread.sqrt().unsqueeze(1)
+        flat = weighted.flatten(0, 1)
+        mass = spread.sum()
+        rows = (flat, inputs.repeat(len(flowing), 1)) if self.corrected else None
+        return Kronecker(
+            (inputs * spread.unsqueeze(1)).mT @ inputs / mass.clamp_min(1e-30),
+            flat.mT @ flat,
+            mass,
+            rows,
+        )
+
+    def _stacked(self, rows: LayerRows) -> Tensor:
+        """δ of all taps `[num_cotangents, rows, units]`."""
+        return torch.cat(rows.flowing, 1)
+
+    def _along(self, by_datum: Tensor, rows: int) -> Tensor:
+        """Weights of the rows of a tap.
+
+        Args:
+            by_datum: weights of the data.
+            rows: number of rows.
+
+        Returns:
+            `[rows]`.
+
+        Raises:
+            UnsupportedProgram: if weights differ but rows cannot be assigned to data.
+        """
+        if self.rows.separable:
+            return by_datum.repeat_interleave(rows // len(by_datum))
+        if len(by_datum) and not bool((by_datum == by_datum[0]).all()):
+            raise UnsupportedProgram(
+                f"the data of site {self.record.name!r} have weights of their own, but a layer of "
+                f"{self.block} mixes them, as BatchNorm does; use Full('model'), or a loss without "
+                "importance weights"
+            )
+        return by_datum[:1].expand(rows)
+
+
+@dataclass(frozen=True)
+class RowsFactor(Factor):
+    """What one site contributes to a joint block that is held by rows.
+
+    Attributes:
+        block: name of the block.
+        record: the site in that run.
+        group: the coordinates.
+        data: the data of the site.
+        pieces: rows `[num_cotangents * count, *]` along the entries of the block.
+        reference: rows with the largest Fisher information, or None where unbounded.
+        structure: how the block is held.
+        max_rows: rows that an average keeps.
+    """
+
+    block: str
+    record: SiteRecord
+    group: Group
+    data: Data
+    pieces: tuple[Piece, ...]
+    reference: tuple[Piece, ...] | None
+    structure: Literal["dual", "cg", "diagonal"]
+    max_rows: int
+
+    def curvature(self, weights: Tensor, with_matrix: bool = True) -> Curvature:
+        """The rows times √w, see `Factor.curvature`."""
+        like = self.pieces[0].tensors()[0]
+        by_datum = self.data.weights(weights.to(like.dtype))
+        scaled = self._weighted(self.pieces, by_datum)
+        largest = scaled if self.reference is None else self._weighted(self.reference, by_datum)
+        mass = by_datum.sum().clamp_min(torch.finfo(by_datum.dtype).tiny)
+        scale = torch.as_tensor(self.record.scale).max().to(like)
+        trace = torch.stack([piece.squares().sum() for piece in largest]).sum() / mass
+        operator: BlockOperator | None = None
+        if with_matrix and self.structure == "diagonal":
+            operator = Diagonal(torch.cat([piece.squares() for piece in scaled]).unsqueeze(0))
+        elif with_matrix and self.structure != "diagonal":
+            operator = Rows(scaled, self.structure, self.max_rows)
+        size = sum(piece.width for piece in scaled)
+        return Curvature(
+            operator,
+            leverage=(scale * trace).unsqueeze(0),
+            reach=2 * (trace * size).sqrt().unsqueeze(0),
+        )
+
+    @staticmethod
+    def _weighted(pieces: tuple[Piece, ...], by_datum: Tensor) -> tuple[Piece, ...]:
+        rows = len(pieces[0].tensors()[0])
+        factors = by_datum.clamp_min(0).sqrt().repeat(rows // len(by_datum))
+        return tuple(piece.scaled(factors) for piece in pieces)
+
+
+def piece_of(rows: LayerRows, count: int) -> Piece:
+    """Rows of a layer in the entries of its parameter."""
+    outer = rows.outer(count)
+    leaf = rows.layer.leaf
+    if outer is not None and leaf.dim() == 2 and min(leaf.shape) > 1:
+        return Outer(*outer, columns=rows.layer.unit_axis == 1)
+    return Explicit(rows.explicit(count).flatten(0, 1))

@@ -1,0 +1,224 @@
+"""Which blocks of a program are measured, and how each of them is held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from math import prod
+
+from pyronat.blocks import MAX_DENSE_SIZE, ParamBlock, Structure, UnitAxes
+from pyronat.errors import (
+    BlockTooLarge,
+    PyronatError,
+    UnsupportedDistribution,
+    UnsupportedStructure,
+)
+from pyronat.graph import BayesNet
+from pyronat.operators import Layout
+from pyronat.partition import UNKNOWN_FAMILY, layout_of
+from pyronat.programs import KnownProgram
+
+MAX_FORMED_SIZE = 4096
+"""Largest number of entries in one unit that is formed where the user asks for it."""
+
+MAX_JACOBIAN_ENTRIES = 2**14
+"""Largest number of entries of a block that is not linear: columns of a Jacobian."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed about a program's curvature: its blocks and where their parameters lie.
+
+    Attributes:
+        program: the program.
+        net: its network, the blocks in the structures that were asked for.
+        blocks: blocks to measure, by name; the layers of a joint block are blocks by themselves
+            where the block is held in Kronecker factors.
+        layouts: their layouts, by name.
+        blocks_of: (site, group of coordinates) → names of its blocks.
+    """
+
+    program: KnownProgram
+    net: BayesNet
+    blocks: dict[str, ParamBlock]
+    layouts: dict[str, Layout]
+    blocks_of: dict[tuple[str, str], tuple[str, ...]]
+
+    def owner(self) -> dict[str, str]:
+        """Parameter → name of a block that holds it."""
+        return {param: name for name, block in self.blocks.items() for param in block.params}
+
+
+def make_plan(
+    program: KnownProgram,
+    excluded: Iterable[str] = (),
+    required: bool = True,
+    structures: Mapping[str, Structure] | None = None,
+) -> Plan:
+    """Plans the curvature of a program's blocks.
+
+    Args:
+        program: the analyzed program.
+        excluded: parameters to leave out; a block that holds one is left out whole.
+        required: whether every block must be measured; else those that cannot be, or only in
+            factors, are left out.
+        structures: names or patterns of parameters → how the blocks that hold them are held.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UnsupportedDistribution: if a block has no Fisher information that can be computed.
+        UnsupportedStructure: if a block cannot be held as it was asked for.
+        BlockTooLarge: if a dense block is too large to be formed.
+    """
+    left_out = set(excluded)
+    net = replace(
+        program.net, blocks=tuple(_chosen(block, structures or {}) for block in program.net.blocks)
+    )
+    blocks: dict[str, ParamBlock] = {}
+    for whole in net.blocks:
+        if left_out & set(whole.params):
+            continue
+        obstacle = _obstacle(whole, net)
+        if obstacle is not None and required:
+            raise obstacle
+        if obstacle is None and (required or whole.explicit):
+            blocks.update((block.name, block) for block in _measured(whole))
+    blocks_of: dict[tuple[str, str], tuple[str, ...]] = {}
+    for name, block in blocks.items():
+        for factor in block.factors:
+            blocks_of[factor] = (*blocks_of.get(factor, ()), name)
+    return Plan(
+        program=program,
+        net=net,
+        blocks=blocks,
+        layouts={name: layout_of(block) for name, block in blocks.items()},
+        blocks_of=blocks_of,
+    )
+
+
+def _chosen(block: ParamBlock, structures: Mapping[str, Structure]) -> ParamBlock:
+    """A block in the structure that was asked for.
+
+    Args:
+        block: the block.
+        structures: names or patterns → structure; the last that matches counts.
+
+    Returns:
+        The block.
+
+    Raises:
+        UnsupportedStructure: if the block cannot be held so.
+    """
+    asked = [
+        structure
+        for pattern, structure in structures.items()
+        if any(fnmatchcase(name, pattern) for name in block.params)
+    ]
+    if not asked or asked[-1] == block.structure:
+        return block
+    structure = asked[-1]
+    joint = block.count == 1 and isinstance(block.units, UnitAxes)
+    if structure == "dense" and (block.structure == "unit" or not joint):
+        return block  # already exact, unit by unit
+    if structure in {"kronecker", "ekfac"} and not block.layers:
+        raise UnsupportedStructure(
+            f"the block of {block.name} holds no layer of a network that is recognized, so it has "
+            f"no Kronecker factors; choose 'dual' or 'diagonal' instead of {structure!r}"
+        )
+    if structure in {"dual", "cg"} and not joint:
+        raise UnsupportedStructure(
+            f"the block of {block.name} falls into {block.count} units, each with a matrix of its "
+            f"own; {structure!r} is for joint blocks of a network"
+        )
+    exact = structure == "dense" and UNKNOWN_FAMILY not in {group for _, group in block.factors}
+    simulated = any(group == "score" for _, group in block.factors)
+    return replace(block, structure=structure, exact=exact and not simulated)
+
+
+def _measured(block: ParamBlock) -> Iterator[ParamBlock]:
+    """The blocks that are measured for a block.
+
+    Args:
+        block: a block of the network.
+
+    Yields:
+        The block itself, or its layers and the rest where it is held by layers.
+    """
+    if block.structure not in {"kronecker", "ekfac"}:
+        yield block
+        return
+    rest = set(block.params)
+    for layer in block.layers:
+        rest -= set(layer.params)
+        yield _part(block, layer.params, tuple((axis,) for axis in layer.axes), block.structure)
+    if rest:
+        names = tuple(sorted(rest))
+        shape_of = dict(zip(block.params, block.shapes, strict=True))
+        size = sum(prod(shape_of[name]) for name in names)
+        structure: Structure = "dense" if size <= MAX_DENSE_SIZE else "dual"
+        yield _part(block, names, ((),) * len(names), structure)
+
+
+def _part(
+    block: ParamBlock,
+    params: tuple[str, ...],
+    axes: tuple[tuple[int, ...], ...],
+    structure: Structure,
+) -> ParamBlock:
+    """Some parameters of a block, without what couples them to the others.
+
+    Args:
+        block: the block.
+        params: the parameters.
+        axes: for each, the axes that number the units.
+        structure: how they are held.
+
+    Returns:
+        A block of its own.
+    """
+    shape_of = dict(zip(block.params, block.shapes, strict=True))
+    shapes = tuple(shape_of[name] for name in params)
+    count = prod(shapes[0][axis] for axis in axes[0])
+    return replace(
+        block,
+        params=params,
+        shapes=shapes,
+        structure=structure,
+        count=count,
+        size=sum(map(prod, shapes)) // count,
+        exact=False,
+        units=UnitAxes(axes),
+        linear=(False,) * len(block.factors),
+        layers=tuple(layer for layer in block.layers if set(layer.params) <= set(params)),
+    )
+
+
+def _obstacle(block: ParamBlock, net: BayesNet) -> PyronatError | None:
+    """Why a block cannot be measured, or None."""
+    advice = (
+        f"leave {block.name} to another optimizer with NaturalGradient(exclude=[...]), or choose "
+        "Euclidean() for this program"
+    )
+    if any(group == UNKNOWN_FAMILY for _, group in block.factors):
+        families = {site.name: site.family for site in net.sites}
+        kinds = ", ".join(f"{name} ({families[name]})" for name in block.sites)
+        return UnsupportedDistribution(
+            "no Fisher information, in closed form or from simulated values, at site "
+            f"{kinds}; {advice}"
+        )
+    if all(block.linear) or block.structure not in {"unit", "dense", "diagonal"}:
+        return None
+    if block.explicit and block.size > MAX_FORMED_SIZE:
+        return BlockTooLarge(
+            f"the dense block of {block.name} has {block.size} entries, at most {MAX_FORMED_SIZE} "
+            f"are formed; choose Full(structure={{{block.params[0]!r}: 'dual'}}), or {advice}"
+        )
+    if block.explicit and block.num_entries > MAX_JACOBIAN_ENTRIES:
+        return BlockTooLarge(
+            f"{block.name} has {block.num_entries} entries that are not linear units, at most "
+            f"{MAX_JACOBIAN_ENTRIES} are differentiated; {advice}"
+        )
+    return None

@@ -142,24 +142,6 @@ _STOCK_SLEEP = "_get_matched_trace"
 _SLEEP_TRACES = ("_get_sleep_trace", _STOCK_SLEEP)
 
 
-def _check_observations(guide: Program) -> None:
-    """Refuses guides that Pyro's own sleep phase cannot hand its dreams to.
-
-    Args:
-        guide: the guide.
-
-    Raises:
-        NoGuideOnDreams: if it takes no `observations`.
-    """
-    taken = inspect.signature(guide).parameters.values()
-    if not any(p.name == "observations" or p.kind is p.VAR_KEYWORD for p in taken):
-        raise NoGuideOnDreams(
-            "the sleep phase of pyro.infer.ReweightedWakeSleep calls model and guide with a "
-            "keyword argument 'observations' (site name → value), which the guide does not take; "
-            "add it, or use pyronat.ReweightedWakeSleep"
-        )
-
-
 def _with_params(guide: poutine.Trace, model: poutine.Trace) -> poutine.Trace:
     """A guide's trace with its parameters, which a guide that runs its model leaves there alone."""
     found = guide.copy()
@@ -205,8 +187,6 @@ def watch_traces(loss: ELBO, visitor: TraceVisitor) -> Generator[None, None, Non
         return model_trace, guide_trace
 
     def watched_sleep(*args: Any) -> Any:
-        if name == _STOCK_SLEEP:
-            _check_observations(args[1])
         guide_trace = get_sleep_trace(*args)
         visitor.sleep(guide_trace)
         return guide_trace
@@ -221,14 +201,16 @@ def watch_traces(loss: ELBO, visitor: TraceVisitor) -> Generator[None, None, Non
         vars(loss).pop(name, None)
 
 
-def check_loss(loss: Any) -> None:
+def check_loss(loss: Any, programs: Sequence[Program] = ()) -> None:
     """Refuses losses whose traces cannot be seen before they are differentiated.
 
     Args:
         loss: what a user gave as a loss.
+        programs: the model and the guide it is to be used with.
 
     Raises:
         UnsupportedProgram: naming the loss and what to use in its place.
+        NoGuideOnDreams: if Pyro's own sleep phase cannot hand its dreams to the programs.
     """
     kind = type(loss).__name__
     if not isinstance(loss, ELBO) or not hasattr(loss, "_get_trace"):
@@ -239,6 +221,17 @@ def check_loss(loss: Any) -> None:
         raise UnsupportedProgram(f"{kind} hides its traces; use its plain counterpart")
     if isinstance(loss, TraceTailAdaptive_ELBO):
         raise UnsupportedProgram(
-            f"{kind} computes no loss, so no step can be judged; use RenyiELBO, which is tail "
-            "adaptive through alpha"
+            f"{kind} computes no loss, so no step can be judged; use RenyiELBO, whose alpha "
+            "weights the tails"
         )
+    if hasattr(loss, _STOCK_SLEEP) and loss.insomnia < 1 and not all(map(_takes_data, programs)):
+        raise NoGuideOnDreams(
+            "the sleep phase of pyro.infer.ReweightedWakeSleep calls model and guide with a "
+            "keyword argument 'observations' (site name → value), which one of them does not "
+            "take; add it, or use pyronat.ReweightedWakeSleep"
+        )
+
+
+def _takes_data(program: Program) -> bool:
+    taken = inspect.signature(program).parameters.values()
+    return any(p.name == "observations" or p.kind is p.VAR_KEYWORD for p in taken)

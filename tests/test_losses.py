@@ -11,21 +11,28 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.contrib.gp.kernels import RBF
 from pyro.infer import (
     JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
     RenyiELBO,
     Trace_ELBO,
+    Trace_MMD,
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
     TraceTMC_ELBO,
     config_enumerate,
 )
+from pyro.infer import ReweightedWakeSleep as StockRWS
 from torch import Tensor
 
 import pyronat
 from pyronat import Euclidean, Full, NaturalGradient, NaturalSVI, ReweightedWakeSleep
-from pyronat.errors import UnsupportedProgram
+from pyronat.errors import NoGuideOnDreams, UnsupportedProgram
 from pyronat.steps import ConstantDamping, RunningAverage
 
 Program = Callable[..., Any]
@@ -74,7 +81,7 @@ def mixture(x: Tensor) -> None:
 
 def mixture_guide(x: Tensor) -> None:
     slope, bias = param("q.w", 11, 2), param("q.b", 12, 2)
-    with pyro.plate("data", len(x)):
+    with pyro.plate("data", x.shape[-1]):
         pyro.sample("z", dist.Categorical(logits=x.unsqueeze(-1) * slope + bias))
 
 
@@ -411,6 +418,192 @@ def test_weights_hold_subsampling_and_masks(full: int) -> None:
     assert torch.allclose(found["logits"][0], prior, rtol=0, atol=1e-9)
 
 
+# --- the metric does not depend on the loss -----------------------------------------------------
+
+
+def weighted(x: Tensor) -> None:
+    """Half of the plate, log-probabilities scaled by 0.5, one datum masked."""
+    loc = pyro.param("loc", lambda: torch.tensor(4.0))
+    with pyro.plate("data", 8, subsample=torch.arange(4)), poutine.scale(scale=0.5):
+        with poutine.mask(mask=torch.tensor([True, True, False, True])):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def weighted_guide(x: Tensor) -> None:
+    weight, bias = param("q.w", 11, 1, 1), param("q.b", 12, 1)
+    with pyro.plate("data", 8, subsample=torch.arange(4)), poutine.scale(scale=0.5):
+        with poutine.mask(mask=torch.tensor([True, True, False, True])):
+            loc = torch.nn.functional.linear(x.unsqueeze(-1), weight, bias).squeeze(-1)
+            pyro.sample("z", dist.Normal(loc, 0.5))
+
+
+CONTINUOUS: dict[str, Callable[[], Any]] = {
+    "Trace": Trace_ELBO,
+    "Trace, particles": lambda: Trace_ELBO(num_particles=3),
+    "Trace, vectorized": lambda: Trace_ELBO(3, 1, vectorize_particles=True),
+    "TraceGraph": lambda: TraceGraph_ELBO(num_particles=3),
+    "TraceGraph, vectorized": lambda: TraceGraph_ELBO(3, 1, vectorize_particles=True),
+    "TraceMeanField": TraceMeanField_ELBO,
+    "TraceMeanField, vectorized": lambda: TraceMeanField_ELBO(3, 1, vectorize_particles=True),
+    "TraceEnum": lambda: TraceEnum_ELBO(max_plate_nesting=1),
+    "TraceEnum, vectorized": lambda: TraceEnum_ELBO(3, 1, vectorize_particles=True),
+    "Renyi": lambda: RenyiELBO(0.3, 3),
+    "Renyi, vectorized": lambda: RenyiELBO(0.3, 3, 1, vectorize_particles=True),
+    "RWS": lambda: ReweightedWakeSleep(3),
+    "RWS, vectorized": lambda: ReweightedWakeSleep(3, vectorize_particles=True),
+    "Pyro's RWS": lambda: StockRWS(3, max_plate_nesting=1),
+    "Pyro's RWS, loop": lambda: StockRWS(3, vectorize_particles=False),
+    "MMD": lambda: Trace_MMD(
+        RBF(1, torch.tensor(1.0), torch.tensor(1.0)), 1, 3, 1, vectorize_particles=True
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_every_loss_measures_the_same_metric(name: str) -> None:
+    x = X[:4]
+    count = 8 / 4 * 0.5 * torch.tensor([1.0, 1.0, 0.0, 1.0])
+    guide = matrices(CONTINUOUS[name](), weighted, weighted_guide, x, "guide")
+    inputs = torch.stack([torch.ones(4), x], 1)  # q.b, q.w
+    expected = (inputs.mT * count / 0.25) @ inputs
+    (found,) = guide.values()
+    torch.testing.assert_close(found[0], expected, rtol=1e-10, atol=EXACT)
+    pyro.clear_param_store()
+    model = matrices(CONTINUOUS[name](), weighted, weighted_guide, x)
+    torch.testing.assert_close(model["loc"].squeeze(), count.sum(), rtol=1e-10, atol=EXACT)
+
+
+def shifted(x: Tensor) -> None:
+    """A mixture whose means move together by a continuous value; z is summed out."""
+    logits, means = param("logits", 1, 2), param("means", 2, 2)
+    shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(means[z] + shift, 1.0), obs=x)
+
+
+def shifted_guide(x: Tensor) -> None:
+    pyro.sample("shift", dist.Normal(param("q.loc", 13), 0.7))
+
+
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_enumeration_under_particles_averages_their_posteriors(vectorized: bool) -> None:
+    x = MIXED[[0, 1, 2, 20]] / 3
+    loss = TraceEnum_ELBO(3, 1, vectorize_particles=vectorized)
+    draws: list[Tensor] = []
+    get_trace = TraceEnum_ELBO._get_trace
+
+    class Kept(TraceEnum_ELBO):
+        def _get_trace(self, *args: Any) -> Any:
+            traces = get_trace(self, *args)
+            draws.append(traces[0].nodes["shift"]["value"].detach().reshape(-1))
+            return traces
+
+    loss.__class__ = Kept
+    found = matrices(loss, shifted, shifted_guide, x)
+    shifts = torch.cat(draws)[-3:]
+    assert float(shifts.std()) > 0.1
+    logits, means = values("logits", "means")
+    joint = logits.log_softmax(-1) + dist.Normal(means + shifts[:, None, None], 1.0).log_prob(
+        x.unsqueeze(-1)
+    )
+    expected = joint.softmax(-1).mean(0).sum(0)
+    assert torch.allclose(found["means"][0], diagonal(expected), rtol=0, atol=EXACT)
+    # Negative control: the first draw's posterior alone.
+    assert not torch.allclose(expected, joint[0].softmax(-1).sum(0), atol=1e-3)
+
+
+# --- Pyro's own wake–sleep ----------------------------------------------------------------------
+
+
+def dreaming(x: Tensor, observations: Any = None) -> None:
+    mixture(x)
+
+
+def dreaming_guide(x: Tensor, observations: Any = None) -> None:
+    mixture_guide(observations["x"] if observations else x)
+
+
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_the_guide_is_measured_on_the_dreams_of_pyros_own_wake_sleep(vectorized: bool) -> None:
+    """Between waking and sleep: (insomnia) × data + (1 − insomnia) × dreams."""
+    x = MIXED[[0, 1, 2, 20]]
+    seen: list[Tensor] = []
+
+    def guide(x: Tensor, observations: Any = None) -> None:
+        if observations:
+            seen.append(observations["x"].detach())
+        dreaming_guide(x, observations)
+
+    loss = StockRWS(3, 0.25, num_sleep_particles=2, vectorize_particles=vectorized)
+    loss.max_plate_nesting = 2
+    (found,) = matrices(loss, dreaming, guide, x, "guide").values()
+    dreams = torch.cat([part.reshape(-1) for part in seen])[-2 * len(x) :]
+    slope, bias = values("q.w", "q.b")
+    expected = torch.zeros(4, 4)
+    for data, share in ((x, 0.25), (dreams, 0.75 / 2)):
+        for datum in data:
+            fisher = categorical_fisher(datum * slope + bias)
+            jacobian = torch.cat([torch.eye(2), datum * torch.eye(2)], 1)  # q.b, q.w
+            expected += share * jacobian.T @ fisher @ jacobian
+    assert torch.allclose(found[0], expected, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("insomnia", [0.0, 0.5, 1.0])
+def test_pyros_own_wake_sleep_trains(insomnia: float) -> None:
+    loss = StockRWS(5, insomnia, max_plate_nesting=2)
+    optim = NaturalGradient(lr=0.1, guide_geometry=Full())
+    svi = NaturalSVI(dreaming, dreaming_guide, optim, loss)
+    losses = [svi.step(MIXED) for _ in range(40)]
+    assert all(isinstance(value, float) for value in losses)
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    # Pyro returns a loss for each program; the model's is the one that is reported.
+    assert svi.evaluate_loss(MIXED) == pytest.approx(losses[-1], rel=0.2)
+
+
+def test_pyros_own_sleep_needs_programs_that_take_observations() -> None:
+    svi = NaturalSVI(mixture, mixture_guide, NaturalGradient(), StockRWS(3, 0.5))
+    with pytest.raises(NoGuideOnDreams, match=r"'observations' .* pyronat.ReweightedWakeSleep"):
+        svi.step(MIXED)
+    # Negative control: awake, it runs.
+    awake = NaturalSVI(mixture, mixture_guide, NaturalGradient(), StockRWS(3, max_plate_nesting=1))
+    assert isinstance(awake.step(MIXED), float)
+
+
+# --- baselines ----------------------------------------------------------------------------------
+
+
+def test_a_baseline_with_parameters_is_left_to_others() -> None:
+    """`TraceGraph_ELBO` differentiates the parameters of a baseline in the same backward pass."""
+    net = torch.nn.Linear(1, 1).double()
+
+    def guide(x: Tensor) -> None:
+        pyro.module("baseline", net)
+        slope, bias = param("q.w", 11, 2), param("q.b", 12, 2)
+        with pyro.plate("data", len(x)):
+            pyro.sample(
+                "z",
+                dist.Categorical(logits=x.unsqueeze(-1) * slope + bias),
+                infer={
+                    "baseline": {
+                        "nn_baseline": lambda data: net(data).squeeze(-1),
+                        "nn_baseline_input": x.unsqueeze(-1),
+                    }
+                },
+            )
+
+    before = net.weight.detach().clone()
+    optim = NaturalGradient(lr=0.1, guide_geometry=Full(), others=pyro.optim.Adam({"lr": 0.05}))
+    svi = NaturalSVI(mixture, guide, optim, TraceGraph_ELBO(num_particles=2))
+    losses = [svi.step(MIXED) for _ in range(40)]
+    owners = optim.assignment(["baseline$$$weight", "q.w"])
+    assert owners == {"baseline$$$weight": "others", "q.w": "natural"}
+    assert not torch.equal(net.weight, before)
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
 # --- refused -----------------------------------------------------------------------------------
 
 
@@ -425,7 +618,12 @@ class Traceless:
     ("loss", "words"),
     [
         (JitTrace_ELBO(), "JitTrace_ELBO .* plain"),
+        (JitTraceEnum_ELBO(), "JitTraceEnum_ELBO .* plain"),
+        (JitTraceGraph_ELBO(), "JitTraceGraph_ELBO .* plain"),
+        (JitTraceMeanField_ELBO(), "JitTraceMeanField_ELBO .* plain"),
         (TraceTMC_ELBO(), "TraceTMC_ELBO .* plain"),
+        (TraceTailAdaptive_ELBO(2, 1, vectorize_particles=True), "TraceTailAdaptive.* RenyiELBO"),
+        (pyro.infer.SVGD, "makes no traces; .* Trace_ELBO"),
         (Traceless(), "Traceless .* Trace_ELBO"),
         (pyro.infer.EnergyDistance(), "EnergyDistance .* Trace_ELBO"),
     ],

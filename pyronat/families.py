@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributions as dist
+from torch.distributions.utils import probs_to_logits
 
 from pyronat import closed_forms as forms
 from pyronat import joint_forms
@@ -231,7 +232,10 @@ def zero_inflated(d: Any) -> tuple[Group, ...]:
             f"ZeroInflatedDistribution of {family_name(base)} has no closed-form Fisher information"
         )
     shape = d.batch_shape
-    coordinates = [d.gate_logits, *(part for group in inner for part in group.coordinates)]
+    # Pyro cannot expand a distribution that has computed one form of the gate from the other.
+    given = vars(d).get("gate_logits")
+    gate_logits: Tensor = probs_to_logits(d.gate, is_binary=True) if given is None else given
+    coordinates = [gate_logits, *(part for group in inner for part in group.coordinates)]
     joined = torch.stack([part.expand(shape) for part in coordinates], -1)
 
     def base_score(x: Tensor) -> Tensor:
@@ -241,7 +245,7 @@ def zero_inflated(d: Any) -> tuple[Group, ...]:
     def at_zero() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """G and f `[*batch, 1]`, s and v `[*batch, size]`."""
         zero = torch.zeros_like(joined[..., 0])
-        gate = d.gate_logits.sigmoid().unsqueeze(-1)
+        gate = gate_logits.sigmoid().unsqueeze(-1)
         mass = base.log_prob(zero).exp().unsqueeze(-1)
         s = base_score(zero)
         v = torch.cat([gate * (1 - gate) * (1 - mass), (1 - gate) * mass * s], -1)
@@ -378,7 +382,6 @@ REPARAMETRIZED = frozenset({
     "Laplace",
     "LogNormal",
     "Logistic",
-    "LogitRelaxedBernoulli",
     "LowRankMultivariateNormal",
     "MultivariateNormal",
     "MultivariateStudentT",

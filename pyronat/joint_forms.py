@@ -35,7 +35,11 @@ def multinomial(d: Any) -> tuple[Group, ...]:
     """F = n [diag(p) − p pᵀ] of the logits, n being the number of draws."""
     count = d.total_count
     bound = LOGIT_WEIGHT * count
-    return (Group("logits", (d.logits,), lambda: count * _spread(d.probs), 1, bound),)
+
+    def closed_score(x: Tensor) -> Scores:
+        return (x - count * d.probs,)
+
+    return (Group("logits", (d.logits,), lambda: count * _spread(d.probs), 1, bound, closed_score),)
 
 
 def relaxed_categorical(d: Any) -> tuple[Group, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyro.distributions
@@ -13,11 +15,12 @@ import torch
 import torch.distributions
 from torch import Tensor
 
-from pyronat import testing
+from pyronat import testing, wrappers
 from pyronat.errors import NoFisher, PyronatError, UnsupportedDistribution
 from pyronat.families import (
     FAMILIES,
     REPARAMETRIZED,
+    SINGULAR,
     Group,
     base_value,
     family_name,
@@ -986,3 +989,81 @@ def test_number_of_trials_may_differ_between_elements() -> None:
     (group,) = groups(pyro.distributions.Binomial(counts, probs=p))
     torch.testing.assert_close(group.fisher[:, 0, 0], counts * p * (1 - p))
     torch.testing.assert_close(group.bound, counts / 4)
+
+
+# --- the table of the README -------------------------------------------------------------------
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+ABSTRACT = {
+    "ExpandedDistribution",
+    "ExponentialFamily",
+    "Independent",
+    "MaskedDistribution",
+    "TorchDistribution",
+}
+"""Exported by Pyro, but wrappers and bases."""
+
+
+def table() -> dict[str, set[str]]:
+    """What the README says of distributions, by the beginning of its first column."""
+    found = re.search(r"<!-- families -->(.*?)<!-- end -->", README, re.DOTALL)
+    assert found is not None
+    rows = [line.strip("|").split("|") for line in found[1].strip().splitlines()[2:]]
+    return {kind.strip(): set(names.strip().split(", ")) for kind, names in rows}
+
+
+CLOSED, SUBCLASSES, WALKED, SIMULATED, SINGULARS, UNDRAWN = table().values()
+
+
+def test_table_names_every_distribution_once() -> None:
+    exported = {
+        name
+        for name, kind in vars(pyro.distributions).items()
+        if isinstance(kind, type) and issubclass(kind, torch.distributions.Distribution)
+    }
+    named = [name for names in table().values() for name in names]
+    assert len(named) == len(set(named))
+    only_torch = {"ExpRelaxedCategorical", "LogitRelaxedBernoulli"}
+    assert set(named) - only_torch == exported - ABSTRACT
+    assert exported >= ABSTRACT
+
+
+def test_table_says_what_the_code_does() -> None:
+    assert CLOSED == set(FAMILIES)
+    assert SINGULARS == set(SINGULAR)
+    assert WALKED == wrappers.TRANSFORMED
+    for name in SUBCLASSES:
+        kind = getattr(pyro.distributions, name)
+        assert name not in FAMILIES
+        assert {base.__name__ for base in kind.__mro__} & set(FAMILIES)
+    covered = {row.family for row in ALL_ROWS}
+    assert covered >= SUBCLASSES - {"LKJCorrCholesky"}  # deprecated: it warns
+    for name in SIMULATED | UNDRAWN:
+        kinds = getattr(pyro.distributions, name).__mro__
+        module = kinds[0].__module__
+        assert module.endswith("nanmasked") or not {k.__name__ for k in kinds} & set(FAMILIES)
+
+
+def test_what_pyro_cannot_draw() -> None:
+    """A sample of them; `sample` or `log_prob` is missing."""
+    d = pyro.distributions
+    eye, zeros = torch.eye(2).expand(3, 2, 2), d.Normal(torch.zeros(3, 2), 1.0).to_event(1)
+    first = d.Normal(torch.zeros(2), 1.0).to_event(1)
+    undrawn = {
+        "CoalescentTimesWithRate": d.CoalescentTimesWithRate(torch.zeros(3), torch.ones(4)),
+        "GroupedNormalNormal": d.GroupedNormalNormal(
+            torch.zeros(2), torch.ones(2), torch.ones(4), torch.tensor([0, 0, 1, 1])
+        ),
+        "LinearHMM": d.LinearHMM(first, eye, zeros, eye, zeros),
+        "LogNormalNegativeBinomial": d.LogNormalNegativeBinomial(
+            torch.tensor(2.0),
+            logits=torch.tensor(0.1),
+            multiplicative_noise_scale=torch.tensor(0.3),
+        ),
+    }
+    assert set(undrawn) <= UNDRAWN
+    for distribution in undrawn.values():
+        with pytest.raises(NotImplementedError):
+            distribution.log_prob(distribution.sample())
+        with pytest.raises(UnsupportedDistribution):
+            groups(distribution)

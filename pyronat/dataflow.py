@@ -230,6 +230,10 @@ def _address(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+_RAISES = torch.ops.aten._linalg_check_errors.default
+"""Ends the program or does nothing: what it reads decides on nothing that follows."""
+
+
 class _DispatchWatch(TorchDispatchMode):
     """Sees every operation below autograd."""
 
@@ -246,7 +250,9 @@ class _DispatchWatch(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         flow = self.flow
-        if not flow.watching or func.is_view or not flow.concerns(func, args, kwargs):
+        if func.is_view or func is _RAISES or not flow.watching:
+            return func(*args, **kwargs)
+        if not flow.concerns(func, args, kwargs):
             return func(*args, **kwargs)
         operation = Operation.of(func, args, kwargs)
         operation.result = func(*args, **kwargs)

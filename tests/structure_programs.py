@@ -1545,7 +1545,7 @@ def cumulative_sum_is_joint() -> None:
 @row(
     edges={"x": ""},
     params={"x": "loc F d"},
-    blocks=[block("loc F d", 1, 12)],  # no closed form
+    blocks=[block("loc", 1, 3), block("F d", 1, 9)],
 )
 def low_rank_multivariate_normal() -> None:
     fn = dist.LowRankMultivariateNormal(param("loc", 3), param("F", 3, 2), positive("d", 3))
@@ -1555,11 +1555,9 @@ def low_rank_multivariate_normal() -> None:
 @row(
     edges={"x": ""},
     params={"x": "b s"},
-    blocks=[block("b", 1, 1), block("s", 1, 1)],  # orthogonal in truth
-    coarser=True,  # but Laplace has no closed form here
-    coarse=[block("b s", 1, 2)],
+    blocks=[block("b", 1, 1), block("s", 1, 1)],
 )
-def laplace_has_no_closed_form() -> None:
+def laplace_is_orthogonal() -> None:
     pyro.sample("x", dist.Laplace(param("b"), positive("s")))
 
 
@@ -1576,8 +1574,6 @@ def negative_binomial_with_a_learned_count() -> None:
     edges={"theta": ""},
     params={"theta": "a"},
     blocks=[block("a", 5, 3)],  # elements of the plate are independent
-    coarser=True,
-    coarse=[block("a", 1, 15)],
 )
 def dirichlets_of_a_plate() -> None:
     with data():
@@ -1912,7 +1908,7 @@ def site_outside_that_reads_the_plate() -> None:
 @row(
     edges={"phi": "", "theta": "", "z": "theta", "w": "phi z"},
     params={"phi": "beta", "theta": "alpha"},
-    blocks=[block("alpha", 1, 2), block("beta", 1, 4)],  # Dirichlet: no closed form, joint
+    blocks=[block("alpha", 1, 2), block("beta", 1, 4)],
     replicates={"phi": ()},  # the topics are global
 )
 def topics_with_a_prior() -> None:

@@ -282,6 +282,20 @@ def test_nonzero_has_the_labels_it_depends_on() -> None:
     assert "a" in found | escaped
 
 
+def test_checks_of_factorizations_are_no_escapes() -> None:
+    """They end the program or do nothing; the values of the factor are followed."""
+
+    def spread(v: Any) -> Tensor:
+        return v.a.square().sum().exp() * torch.eye(3)
+
+    for factor in (torch.linalg.cholesky, torch.linalg.inv):
+        found, escaped = follow(lambda v, factor=factor: factor(spread(v)))
+        assert "a" in found and not escaped
+    # Negative control: what a program reads itself may decide on anything.
+    _, escaped = follow(lambda v: torch.linalg.cholesky_ex(spread(v)).info.item())
+    assert escaped == {"a"}
+
+
 def test_sparse_tensors_escape() -> None:
     found, escaped = follow(lambda v: torch.sparse.mm(v.a.to_sparse(), v.b))
     assert {"a", "b"} <= found | escaped

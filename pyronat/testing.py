@@ -284,9 +284,9 @@ def family_fisher(
 
     A finite support is summed over. Counts are summed up to sixty standard deviations above the
     mean. A continuous scalar is integrated by the trapezoidal rule after a double sinh
-    substitution (4001 nodes), good to 1e-6 where the density is analytic in the interior of its support. A
-    continuous vector has no quadrature here: its F is `kl_hessian`. The log density has to be
-    twice differentiable in θ: Laplace and uniform families are out.
+    substitution (4001 nodes), good to 1e-6 where the density is analytic in the interior of its
+    support. A continuous vector has no quadrature here: its F is `kl_hessian`. The log density has
+    to be twice differentiable in θ: Laplace and uniform families are out.
 
     Args:
         factory: gives the distribution when called with the coordinates as keywords.
@@ -625,8 +625,8 @@ def _quadrature(fn: Any, num_nodes: int = 4001) -> tuple[Tensor, Tensor]:
     """Trapezoidal rule in t, x = T(center + spread · sinh(π/2 sinh t)), T mapping to the support.
 
     Far from the center even the integrand of a Cauchy density decays doubly exponentially in t, so
-    that the rule converges exponentially in the number of nodes (Takahasi and Mori 1974). Center and spread come from a
-    few samples; they only place the nodes.
+    that the rule converges exponentially in the number of nodes (Takahasi and Mori 1974). Center
+    and spread come from a few samples; they only place the nodes.
     """
     transform = dist.biject_to(fn.support)
     with torch.random.fork_rng():

@@ -102,7 +102,8 @@ def _score_group(
     try:
         with drawing(), torch.no_grad():
             values = distribution.sample(torch.Size([draws]))
-        log_probs = distribution.log_prob(values)
+        # A copy: transforms remember values by identity, with inverses that have no history.
+        log_probs = distribution.log_prob(values.clone())
     except (NotImplementedError, KeyError) as error:
         raise UnsupportedDistribution(
             f"{kind} has no closed-form Fisher information, and its score cannot be simulated: it "

@@ -29,12 +29,14 @@ from pyro.infer.autoguide import (
     AutoDiagonalNormal,
     AutoDiscreteParallel,
     AutoGuideList,
+    AutoHierarchicalNormalMessenger,
     AutoIAFNormal,
     AutoLaplaceApproximation,
     AutoLowRankMultivariateNormal,
     AutoMessenger,
     AutoMultivariateNormal,
     AutoNormal,
+    AutoNormalizingFlow,
     AutoNormalMessenger,
     AutoRegressiveMessenger,
     AutoStructured,
@@ -47,7 +49,7 @@ from torch.nn.functional import linear
 
 import pyronat
 from pyronat import Euclidean, Full, NaturalGradient, NaturalSVI, ReweightedWakeSleep
-from pyronat.errors import NonFiniteStep, UnassignedParameter
+from pyronat.errors import NonFiniteStep, UnassignedParameter, UnsupportedDistribution
 from pyronat.steps import KLTrustRegion, LinearDecay
 
 EXACT = 1e-10
@@ -145,6 +147,21 @@ NATURAL: dict[str, tuple[Callable[[Program], Any], dict[str, str], set[str]]] = 
     ),
     "EasyGuide": (Grouped, {"g.loc": "4 of 1", "g.scale": "4 of 1"}, set()),
     "EasyGuide, partly MAP": (PartlyPoint, {"g.loc": "3 of 1", "g.scale": "3 of 1"}, {"s"}),
+    "AutoLowRankMultivariateNormal": (
+        AutoLowRankMultivariateNormal,
+        {"loc": "1 of 16", "scale": "1 of 16", "cov_factor": "1 of 16"},
+        set(),
+    ),
+    "AutoNormalMessenger": (
+        AutoNormalMessenger,
+        {"locs.w": "3 of 1", "scales.w": "3 of 1", "locs.s": "1 of 1", "scales.s": "1 of 1"},
+        set(),
+    ),
+    "AutoHierarchicalNormalMessenger": (
+        AutoHierarchicalNormalMessenger,
+        {"locs.w": "3 of 2", "weights.w": "3 of 2", "scales.w": "3 of 1"},
+        set(),
+    ),
     "messenger": (
         OwnMessenger,
         {"w.loc": "3 of 1", "w.scale": "3 of 1", "s.loc": "1 of 1", "s.scale": "1 of 1"},
@@ -190,9 +207,12 @@ def test_guides_train_by_default(name: str) -> None:
     guide = NATURAL[name][0](regression)
     # A guide whose width an encoder computes needs short steps far from its optimum.
     region = KLTrustRegion(1.0) if name == "amortized" else None
-    optim = NaturalGradient(LinearDecay(0.1, 150), trust_region=region)
+    optim = NaturalGradient(
+        LinearDecay(0.1, 150),
+        guide_geometry=Full() if "LowRank" in name else None,
+        trust_region=region,
+    )
     svi = NaturalSVI(regression, guide, optim)
-    assert svi.optim.guide_geometry is None
     losses = [svi.step(X, Y) for _ in range(150)]
     assert isinstance(svi.optim.sides["guide"].geometry, Full)
     pyro.clear_param_store()
@@ -541,6 +561,58 @@ def test_autoregressive_messengers_run() -> None:
     losses = [svi.step(X, Y) for _ in range(200)]
     assert {site.name for site in svi.net.guide.sites} == {"w", "s"}
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+
+
+# --- normalizing flows: no closed form, the score is simulated ----------------------------------
+
+
+@pytest.mark.parametrize("cache", [0, 1])
+def test_the_score_of_a_flow_is_taken_at_fixed_values(cache: int) -> None:
+    """Transforms that remember their last values would hand out an inverse without a history."""
+
+    def guide() -> None:
+        loc, scale = pyro.param("loc", torch.zeros(2)), positive("scale", torch.tensor([1.0, 2.0]))
+        affine = dist.transforms.AffineTransform(loc, scale, event_dim=1, cache_size=cache)
+        base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        pyro.sample("z", dist.TransformedDistribution(base, [affine]))
+
+    found = torch.stack([pyronat.fisher(guide, num_samples=1).dense()[0] for _ in range(200)])
+    truth = torch.diag(torch.tensor([1.0, 0.25, 2.0, 2.0]))  # loc, then the logarithm of the scale
+    assert found.shape[1:] == truth.shape
+    assert float(pyronat.testing.z_score(found, truth).abs().max()) < 4
+
+
+FLOWS = {
+    "AutoIAFNormal": partial(AutoIAFNormal, hidden_dim=[8]),
+    "AutoNormalizingFlow": partial(
+        AutoNormalizingFlow,
+        init_transform_fn=partial(
+            dist.transforms.iterated, 2, dist.transforms.affine_autoregressive
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_flows_take_natural_steps_on_simulated_scores(name: str) -> None:
+    guide = FLOWS[name](regression)
+    optim = NaturalGradient(
+        LinearDecay(0.1, 200), guide_geometry=Full(), trust_region=KLTrustRegion(0.1)
+    )
+    svi = NaturalSVI(regression, guide, optim, Trace_ELBO(num_particles=4))
+    losses = [svi.step(X, Y) for _ in range(200)]
+    assert set(optim.assignment(svi.net.guide.params).values()) == {"natural"}
+    assert not any(block.exact for block in svi.net.guide.blocks)
+    pyro.clear_param_store()
+    # The loss of the untrained flow has a heavy tail.
+    assert max(losses[-30:]) < min(untrained(FLOWS[name](regression), 30))
+
+
+def test_a_flow_without_an_inverse_is_named() -> None:
+    guide = AutoNormalizingFlow(regression, dist.transforms.planar)
+    svi = NaturalSVI(regression, guide, NaturalGradient(guide_geometry=Full()))
+    with pytest.raises(UnsupportedDistribution, match=r"_AutoNormalizingFlow_latent .*exclude="):
+        svi.step(X, Y)
 
 
 # --- a tensor under two names -------------------------------------------------------------------

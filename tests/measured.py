@@ -137,7 +137,7 @@ def divergence_hessian(
     moved = replayed(program, values, *args)
     total = torch.zeros(())
     for site in moved.nodes.values():
-        if site["type"] != "sample" or type(site["fn"]).__name__ in {"_Subsample", "Delta", "Unit"}:
+        if not is_random(site):
             continue
         divergence = kl_divergence(detached(site["fn"]), site["fn"])
         if site["mask"] is not None:
@@ -147,13 +147,19 @@ def divergence_hessian(
     return hessian(total, leaves), leaves
 
 
+def is_random(site: Mapping[str, Any]) -> bool:
+    """Whether a node of a trace is drawn from a distribution with a density."""
+    if site["type"] != "sample":
+        return False
+    inner: Any = site["fn"]
+    while hasattr(inner, "base_dist"):
+        inner = inner.base_dist
+    return type(inner).__name__ not in {"_Subsample", "Delta", "Unit"}
+
+
 def latent_values(trace: poutine.Trace) -> dict[str, Tensor]:
-    """Values of all sample sites of a trace."""
-    return {
-        name: site["value"]
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
-    }
+    """Values of all random sites of a trace."""
+    return {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
 
 
 def sizes_of(leaves: Mapping[str, Tensor]) -> dict[str, int]:

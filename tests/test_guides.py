@@ -50,7 +50,7 @@ from torch.nn.functional import linear
 import pyronat
 from pyronat import Euclidean, Full, NaturalGradient, NaturalSVI, ReweightedWakeSleep
 from pyronat.errors import NonFiniteStep, UnassignedParameter, UnsupportedDistribution
-from pyronat.steps import KLTrustRegion, LinearDecay
+from pyronat.steps import ConstantDamping, KLTrustRegion, LinearDecay
 
 EXACT = 1e-10
 
@@ -358,8 +358,8 @@ def test_guides_of_any_family_train_with_adam(factory: Callable[[Program], Any])
     guide = factory(regression)
     optim = NaturalGradient(guide_geometry=Euclidean(), others=pyro.optim.ClippedAdam({"lr": 0.03}))
     svi = NaturalSVI(regression, guide, optim)
-    losses = [svi.step(X, Y) for _ in range(300)]
-    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+    losses = [svi.step(X, Y) for _ in range(150)]
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
 
 
 # --- discrete guides ----------------------------------------------------------------------------
@@ -486,7 +486,7 @@ def test_a_step_out_of_the_domain_of_a_distribution_says_how_to_bound_it() -> No
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(0.0, positive("scale", torch.tensor(1.0))), obs=x)
 
-    svi = NaturalSVI(model, lambda x: None, NaturalGradient(1e6))
+    svi = NaturalSVI(model, lambda x: None, NaturalGradient(1e6, damping=ConstantDamping(0.0)))
     svi.step(randn(1, 9))
     assert svi.info.accepted
     with pytest.raises(NonFiniteStep, match=r"last step, of .* nats, .*=KLTrustRegion\(1.0\)"):
@@ -591,7 +591,7 @@ def test_the_score_of_a_flow_is_taken_at_fixed_values(cache: int) -> None:
         base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
         pyro.sample("z", dist.TransformedDistribution(base, [affine]))
 
-    found = torch.stack([pyronat.fisher(guide, num_samples=1).dense()[0] for _ in range(200)])
+    found = torch.stack([pyronat.fisher(guide, num_samples=1).dense()[0] for _ in range(50)])
     truth = torch.diag(torch.tensor([1.0, 0.25, 2.0, 2.0]))  # loc, then the logarithm of the scale
     assert found.shape[1:] == truth.shape
     assert float(pyronat.testing.z_score(found, truth).abs().max()) < 4
@@ -602,7 +602,7 @@ FLOWS = {
     "AutoNormalizingFlow": partial(
         AutoNormalizingFlow,
         init_transform_fn=partial(
-            dist.transforms.iterated, 2, dist.transforms.affine_autoregressive
+            dist.transforms.iterated, 1, dist.transforms.affine_autoregressive
         ),
     ),
 }
@@ -612,15 +612,15 @@ FLOWS = {
 def test_flows_take_natural_steps_on_simulated_scores(name: str) -> None:
     guide = FLOWS[name](regression)
     optim = NaturalGradient(
-        LinearDecay(0.1, 200), guide_geometry=Full(), trust_region=KLTrustRegion(0.1)
+        LinearDecay(0.1, 100), guide_geometry=Full(), trust_region=KLTrustRegion(0.2)
     )
-    svi = NaturalSVI(regression, guide, optim, Trace_ELBO(num_particles=4))
-    losses = [svi.step(X, Y) for _ in range(200)]
+    svi = NaturalSVI(regression, guide, optim, Trace_ELBO(num_particles=2))
+    losses = [svi.step(X, Y) for _ in range(100)]
     assert set(optim.assignment(svi.net.guide.params).values()) == {"natural"}
     assert not any(block.exact for block in svi.net.guide.blocks)
     pyro.clear_param_store()
     # The loss of the untrained flow has a heavy tail.
-    assert max(losses[-30:]) < min(untrained(FLOWS[name](regression), 30))
+    assert max(losses[-20:]) < min(untrained(FLOWS[name](regression), 20))
 
 
 def test_a_flow_without_an_inverse_is_named() -> None:
@@ -648,7 +648,7 @@ def test_a_leaf_with_two_names_takes_one_step(names: int) -> None:
     optim = NaturalGradient(
         lr=1.0,
         geometry=Full("posterior"),
-        damping=pyronat.steps.ConstantDamping(0.0),
+        damping=ConstantDamping(0.0),
         trust_region=KLTrustRegion(1e9),
         others=pyro.optim.SGD({"lr": 0.1}),
     )

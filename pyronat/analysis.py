@@ -13,7 +13,7 @@ from pyronat.autograd import Edge as GraphEdge
 from pyronat.autograd import LinearUnits, SampleGate, linear_units
 from pyronat.blocks import LayerAxes
 from pyronat.errors import UnsupportedProgram
-from pyronat.families import peel
+from pyronat.families import family_name
 from pyronat.flows import GroupFlow, ProgramFlow, SiteFlow, follow
 from pyronat.graph import BayesNet, Edge, Site
 from pyronat.layers import find_layers
@@ -154,7 +154,7 @@ def _without_fisher(
 
 
 def _family(site: SiteFlow) -> str:
-    return type(peel(site.record.distribution)).__name__
+    return family_name(site.record.distribution)
 
 
 def _factor(site: SiteFlow, group: GroupFlow, names: Mapping[int, str]) -> FactorStructure:

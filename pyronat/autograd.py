@@ -6,6 +6,7 @@ is reported as such, and the caller takes the general path, which needs public n
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -431,13 +432,15 @@ def vector_jacobian_products(
     if not some or not inputs:
         return [None] * len(inputs)
     found: Sequence[Tensor | None]
-    with gate.closed():
+    with gate.closed(), warnings.catch_warnings():
+        # Of the time that operations without a batching rule take.
+        warnings.filterwarnings("ignore", "There is a performance drop")
         try:
             found = torch.autograd.grad(
                 some, inputs, given, is_grads_batched=True, retain_graph=True, allow_unused=True
             )
         except RuntimeError:
-            # Operations without a batching rule, as some custom functions have none.
+            # Some custom functions cannot be batched.
             each = [
                 torch.autograd.grad(some, inputs, row, retain_graph=True, allow_unused=True)
                 for row in zip(*given, strict=True)

@@ -34,11 +34,14 @@ class UnitEntries:
 
 Units: TypeAlias = UnitAxes | UnitEntries
 
-Structure: TypeAlias = Literal["unit", "dense", "kronecker", "ekfac", "dual", "cg", "diagonal"]
+Structure: TypeAlias = Literal["unit", "dense", "kronecker", "kfac", "dual", "cg", "diagonal"]
 """How the Fisher information of a block is held, see `ParamBlock.structure`."""
 
-CHOICES = frozenset({"dense", "kronecker", "ekfac", "dual", "cg", "diagonal"})
+CHOICES = frozenset({"dense", "kronecker", "kfac", "dual", "cg", "diagonal"})
 """Structures that a user may ask for."""
+
+FACTORED = frozenset({"kronecker", "kfac"})
+"""Structures that take a block layer by layer."""
 
 MAX_DENSE_SIZE = 2048
 """Largest number of entries of a joint block that is held as a matrix by default."""
@@ -72,8 +75,9 @@ class ParamBlock:
             - "unit": a matrix for each of several units, or units whose coordinates are affine in
               them;
             - "dense": one matrix over all entries;
-            - "kronecker": B ⊗ A for each layer of a network, without what couples layers;
-            - "ekfac": the same with corrected eigenvalues;
+            - "kronecker": B ⊗ A for each layer of a network, its eigenvalues corrected, without
+              what couples layers;
+            - "kfac": the same without the correction;
             - "dual": rows of Jacobians, solved with in the space of samples;
             - "cg": the same, solved with by conjugate gradients, without any matrix;
             - "diagonal": the diagonal alone.
@@ -114,6 +118,13 @@ class ParamBlock:
         return self.count * self.size
 
     @property
+    def is_network(self) -> bool:
+        """Whether the block holds a weight whose effect is not linear."""
+        weights = (name for layer in self.layers for name in layer.params)
+        shape_of = dict(zip(self.params, self.shapes, strict=True))
+        return any(sum(size > 1 for size in shape_of[name]) > 1 for name in weights)
+
+    @property
     def explicit(self) -> bool:
         """Whether the block is held as one matrix for each unit."""
         return self.structure in {"unit", "dense"}
@@ -121,14 +132,14 @@ class ParamBlock:
     @property
     def matrix_entries(self) -> int:
         """Numbers in the Fisher matrices of all units, count × size², or in their factors."""
-        if self.structure in {"kronecker", "ekfac"}:
+        if self.structure in FACTORED:
             return sum(a * a + b * b for a, b in self.layer_sizes())
         return self.num_entries if not self.explicit else self.count * self.size**2
 
     @property
     def factor_flops(self) -> float:
         """Operations of a Cholesky factorization, count × size³ / 3, or of that of the factors."""
-        if self.structure in {"kronecker", "ekfac"}:
+        if self.structure in FACTORED:
             return sum(a**3 + b**3 for a, b in self.layer_sizes()) / 3
         return self.num_entries if not self.explicit else self.count * self.size**3 / 3
 

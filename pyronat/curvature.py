@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,11 +37,13 @@ class Curvature:
             the unit; 0 where none did.
         reach: 2 √w_ref E‖a‖₁ `[count]`: how far a unit change of all entries moves a coordinate,
             in units of a logit for the Bernoulli family.
+        mass: what all data count for, `[]`: their number times the scale of the loss.
     """
 
     operator: BlockOperator | None
     leverage: Tensor
     reach: Tensor
+    mass: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     @property
     def matrix(self) -> Tensor | None:
@@ -57,6 +59,7 @@ class Curvature:
             operator,
             torch.maximum(self.leverage, other.leverage),
             torch.maximum(self.reach, other.reach),
+            torch.maximum(self.mass, other.mass),
         )
 
     def mix(self, other: Curvature, share: float) -> Curvature:
@@ -76,23 +79,30 @@ class Curvature:
             operator,
             lerp_reached(self.leverage, other.leverage),
             lerp_reached(self.reach, other.reach),
+            lerp_reached(self.mass, other.mass),
         )
 
     def unreached(self) -> Curvature:
         """What a run contributes that reaches none of the units."""
         operator = None if self.operator is None else self.operator.zeros()
-        return Curvature(operator, torch.zeros_like(self.leverage), torch.zeros_like(self.reach))
+        nothing = map(torch.zeros_like, (self.leverage, self.reach, self.mass))
+        return Curvature(operator, *nothing)
 
     def state(self) -> dict[str, Any]:
         """Plain tensors, numbers, strings, lists and dicts."""
         operator = None if self.operator is None else self.operator.state()
-        return {"operator": operator, "leverage": self.leverage, "reach": self.reach}
+        return {
+            "operator": operator,
+            "leverage": self.leverage,
+            "reach": self.reach,
+            "mass": self.mass,
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Curvature:
         """The curvature of a `state`."""
         operator = None if state["operator"] is None else operator_from(state["operator"])
-        return cls(operator, state["leverage"], state["reach"])
+        return cls(operator, state["leverage"], state["reach"], state["mass"])
 
 
 class Factor(ABC):
@@ -165,7 +175,7 @@ class UnitFactor(Factor):
             curvature = self._of_units(spread, self.inputs, with_matrix)
         else:
             curvature = self._of_entries(spread, with_matrix)
-        return replace(curvature, leverage=curvature.leverage * scale)
+        return replace(curvature, leverage=curvature.leverage * scale, mass=weights.sum())
 
     def _of_units(self, spread: Tensor, inputs: Tensor, with_matrix: bool) -> Curvature:
         rows, units = len(inputs), self.units

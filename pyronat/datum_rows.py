@@ -11,8 +11,8 @@ which keeps the expectation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from pyronat.families import Group
 from pyronat.layers import Layer, flow_back
 from pyronat.records import SiteRecord
 from pyronat.weights import joined_dims, spread_weights
+from pyronat.wrappers import wrappers
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class Data:
 
     Attributes:
         record: the site.
-        shape: batch shape of the base distribution.
+        shape: batch shape of the base distribution, 1 where all its elements are one.
         count: number of data; N below.
         elements: elements of the base distribution that belong to one datum; E below.
         expanded: whether a datum stands for several batch elements of the site.
+        repeated: batch dimensions of the site along which its coordinates are copies.
     """
 
     record: SiteRecord
@@ -41,13 +43,22 @@ class Data:
     count: int
     elements: int
     expanded: bool
+    repeated: tuple[int, ...] = ()
 
     def weights(self, weights: Tensor) -> Tensor:
         """What each datum counts for `[count]`, from what each batch element does."""
         distribution = self.record.distribution
         if self.expanded:
             return spread_weights(weights, distribution).reshape(-1)
-        return weights.sum_to_size(distribution.batch_shape).reshape(-1)
+        found = weights.sum_to_size(distribution.batch_shape)
+        return (found.sum(self.repeated, keepdim=True) if self.repeated else found).reshape(-1)
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """A tensor `[*base_batch, *rest]` without copies."""
+        for dim in self.repeated:
+            if tensor.shape[dim] > 1:
+                tensor = tensor.narrow(dim, 0, 1)
+        return tensor
 
     def visible(self, like: Tensor) -> Tensor:
         """1 for elements that the distribution itself does not mask, `[count, elements]`."""
@@ -55,19 +66,39 @@ class Data:
             return like.new_ones(self.count, self.elements)
         batch = self.record.distribution.batch_shape
         ones = spread_weights(like.new_ones(batch), self.record.distribution)
-        return ones.expand(self.shape).reshape(self.count, self.elements)
+        joined = joined_dims(self.record.distribution)
+        wide = ones.expand(torch.Size([*batch, *ones.shape[ones.dim() - joined :]]))
+        return self.own(wide).reshape(self.count, self.elements)
 
 
 def data_of(record: SiteRecord, group: Group) -> Data:
-    """The data of a site, as far as one backward pass may tell them apart."""
-    shape = torch.broadcast_shapes(
-        *(part.shape[: part.dim() - group.event_dim] for part in group.coordinates)
-    )
+    """The data of a site, as far as one backward pass may tell them apart.
+
+    Particles that a loss has added, and plates that a distribution was expanded by, repeat the
+    same coordinates: they are taken once, with all their weight.
+
+    Args:
+        record: the site.
+        group: a group of its coordinates.
+
+    Returns:
+        The data.
+    """
+    wide = torch.broadcast_tensors(*group.coordinates)
+    shape = wide[0].shape[: wide[0].dim() - group.event_dim]
     joined = joined_dims(record.distribution)
     batch = shape[: len(shape) - joined]
-    if batch == record.distribution.batch_shape:
-        return Data(record, shape, batch.numel(), shape[len(batch) :].numel(), False)
-    return Data(record, shape, shape.numel(), 1, True)
+    if batch != record.distribution.batch_shape:
+        return Data(record, shape, shape.numel(), 1, True)
+    masked = any(type(w).__name__ == "MaskedDistribution" for w in wrappers(record.distribution))
+    repeated = tuple(
+        dim
+        for dim, size in enumerate(batch)
+        if size > 1 and not masked and all(part.stride(dim) == 0 for part in wide)
+    )
+    own = torch.Size([1 if dim in repeated else size for dim, size in enumerate(shape)])
+    count = own[: len(batch)].numel()
+    return Data(record, own, count, own[len(batch) :].numel(), False, repeated)
 
 
 @dataclass(frozen=True)
@@ -86,8 +117,9 @@ class Cotangents:
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
-        """The coordinates, of one batch shape."""
-        return tuple(torch.broadcast_tensors(*self.group.coordinates))
+        """The coordinates, of one batch shape, without copies."""
+        wide = torch.broadcast_tensors(*self.group.coordinates)
+        return tuple(self.data.own(part) for part in wide)
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Values `[*rows, count, elements, size]` as cotangents of the coordinates."""
@@ -115,9 +147,30 @@ def all_columns(data: Data, group: Group, root: Tensor) -> Cotangents:
     return Cotangents(data, values.flatten(0, 1), group)
 
 
+def with_signs(columns: Cotangents) -> Cotangents:
+    """The same with a random sign for each datum.
+
+    Where a network mixes data, what flows back from them then adds up right on average.
+
+    Args:
+        columns: the cotangents.
+
+    Returns:
+        The cotangents with signs.
+    """
+    values = columns.values
+    signs = _signs(values.new_empty(columns.data.count, 1, 1))
+    return replace(columns, values=values * signs)
+
+
+def _signs(like: Tensor) -> Tensor:
+    """Random signs of the shape of a tensor."""
+    return torch.randint(0, 2, like.shape, device=like.device).to(like.dtype) * 2 - 1
+
+
 def mixed_columns(data: Data, group: Group, root: Tensor, count: int) -> Cotangents:
     """L ε / √count with random signs ε, other ones for each datum: E[LεεᵀLᵀ] = F."""
-    signs = torch.randint(0, 2, (count, *root.shape[:3]), device=root.device).to(root.dtype) * 2 - 1
+    signs = _signs(root.new_empty(count, *root.shape[:3]))
     values = (root @ signs.unsqueeze(-1)).squeeze(-1) / count**0.5
     return Cotangents(data, values, group)
 
@@ -131,7 +184,12 @@ def fisher_root(data: Data, group: Group) -> Tensor:
     else:
         values, vectors = torch.linalg.eigh(fisher.to(torch.float64))
         root = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)).to(fisher.dtype)
-    root = root.expand(*data.shape, size, size).reshape(data.count, data.elements, size, size)
+    root = (
+        data
+        .own(root)
+        .expand(*data.shape, size, size)
+        .reshape(data.count, data.elements, size, size)
+    )
     return root * data.visible(root)[:, :, None, None].sqrt()
 
 
@@ -140,8 +198,29 @@ def bound_root(data: Data, group: Group, like: Tensor) -> Tensor | None:
     if group.bound is None:
         return None
     bound = torch.as_tensor(group.bound, dtype=like.dtype, device=like.device)
+    if bound.dim() == len(data.shape):
+        bound = data.own(bound)
     wide = bound.expand(data.shape).reshape(data.count, data.elements) * data.visible(like)
     return torch.diag_embed(wide.sqrt().unsqueeze(-1).expand(like.shape[:-1]))
+
+
+Order: TypeAlias = Literal["together", "alternating"]
+"""Whether the rows of a datum follow each other, or each datum has one row in turn."""
+
+
+def along_rows(values: Tensor, rows: int, order: Order) -> Tensor:
+    """Values of the data `[*, count]` as those of rows `[*, rows]`."""
+    times = rows // values.shape[-1]
+    if order == "together":
+        return values.repeat_interleave(times, -1)
+    return values.repeat(*[1] * (values.dim() - 1), times)
+
+
+def by_datum(rows: Tensor, count: int, order: Order) -> Tensor:
+    """`[*, rows, width]` → `[*, count, rows of a datum, width]`."""
+    shape = (count, -1) if order == "together" else (-1, count)
+    found: Tensor = rows.unflatten(-2, shape)
+    return found if order == "together" else found.transpose(-3, -2)
 
 
 @dataclass(frozen=True)
@@ -151,13 +230,13 @@ class LayerRows:
     Attributes:
         layer: the layer.
         flowing: δ by tap `[num_cotangents, rows, units]`.
-        separable: whether the rows of each datum are known to follow each other.
+        order: of the rows of taps that have several for each datum; None if data are mixed.
         complete: whether the taps are all that the coordinates depend on the leaf through.
     """
 
     layer: Layer
     flowing: tuple[Tensor, ...]
-    separable: bool
+    order: Order | None
     complete: bool
 
     def outer(self, count: int) -> tuple[Tensor, Tensor] | None:
@@ -169,19 +248,19 @@ class LayerRows:
 
     def explicit(self, count: int) -> Tensor:
         """The rows in the entries of the leaf `[num_cotangents, count, entries]`."""
+        assert self.order is not None
         total: Any = 0
         for tap, flowing in zip(self.layer.taps, self.flowing, strict=True):
-            inputs = tap.inputs.reshape(count, -1, tap.inputs.shape[1])
-            by_datum = flowing.unflatten(1, (count, -1))
-            total = total + torch.einsum("kntu,nti->knui", by_datum, inputs)
+            inputs = by_datum(tap.inputs, count, self.order)
+            products = torch.einsum("kntu,nti->knui", by_datum(flowing, count, self.order), inputs)
+            total = total + products
         return self._in_leaf(total)
 
-    def combined(self, factors: Tensor) -> Tensor:
+    def combined(self, factors: Tensor, order: Order = "together") -> Tensor:
         """Σ over rows of factor × δ ⊗ a, of the leaf's shape; factors `[num_cotangents, count]`."""
         total: Any = 0
         for tap, flowing in zip(self.layer.taps, self.flowing, strict=True):
-            rows = flowing.shape[1]
-            spread = factors.repeat_interleave(rows // factors.shape[1], 1).unsqueeze(2)
+            spread = along_rows(factors, flowing.shape[1], order).unsqueeze(2)
             total = total + (flowing * spread).sum(0).mT @ tap.inputs
         return self._in_leaf(total).reshape(self.layer.leaf.shape)
 
@@ -205,34 +284,48 @@ def layer_rows(
         gate: the sample values.
 
     Returns:
-        For each layer its rows.
+        For each layer its rows, in the order in which they agree.
     """
     values, count = cotangents.values, cotangents.data.count
     found = flow_back(layers, cotangents.outputs, cotangents.split(values), gate)
     like = values.new_ones(len(values), count)
-    signs = torch.randint(0, 2, like.shape, device=like.device).to(like.dtype) * 2 - 1
-    factors = signs * (1 + torch.rand_like(like))
+    factors = _signs(like) * (1 + torch.rand_like(like))
     # If data were mixed up, or a use of the leaf were missing, these two would not agree.
     trials = torch.stack([(values * f[:, :, None, None]).sum(0) for f in (factors, like)])
     leaves = [layer.leaf for layer in layers]
     gradients = vector_jacobian_products(cotangents.outputs, leaves, cotangents.split(trials), gate)
     result = []
     for layer, flowing, gradient in zip(layers, found, gradients, strict=True):
-        rows = LayerRows(layer, flowing, False, False)
+        rows = LayerRows(layer, flowing, None, False)
+        some, plain = layer.leaf.new_zeros(2, *layer.leaf.shape) if gradient is None else gradient
+        orders: tuple[Order, ...] = ("together", "alternating")
         fits = all(len(tap.inputs) % count == 0 for tap in layer.taps)
-        expected = layer.leaf.new_zeros(2, *layer.leaf.shape) if gradient is None else gradient
-        agree = [
-            _agrees(rows.combined(f if fits else f[:, :1]), g)
-            for f, g in zip((factors, like), expected, strict=True)
-        ]
-        separable = fits and agree[0]
-        result.append(LayerRows(layer, flowing, separable, separable or agree[1]))
+        order = next(
+            (o for o in orders if fits and _agrees(rows.combined(factors, o), some, rows)), None
+        )
+        complete = order is not None or _agrees(rows.combined(like[:, :1]), plain, rows)
+        result.append(LayerRows(layer, flowing, order, complete))
     return result
 
 
-def _agrees(ours: Tensor, theirs: Tensor) -> bool:
-    tolerance = torch.finfo(ours.dtype).eps ** 0.5 * (1 + ours.numel()) ** 0.25
-    return bool((ours.detach() - theirs).norm() <= tolerance * theirs.norm() + 1e-30)
+def _agrees(combined: Tensor, gradient: Tensor, rows: LayerRows) -> bool:
+    """Whether a combination of rows is a gradient, up to rounding.
+
+    Args:
+        combined: the combination, with factors of up to 2.
+        gradient: of the leaf.
+        rows: what was combined.
+
+    Returns:
+        Whether they agree; where one of them is not finite, nobody can tell.
+    """
+    magnitudes = [
+        (flowing.norm(dim=(0, 2)) @ tap.inputs.norm(dim=1))
+        for flowing, tap in zip(rows.flowing, rows.layer.taps, strict=True)
+    ]
+    eps = torch.finfo(gradient.dtype).eps
+    rounding = 100 * eps * torch.stack(magnitudes).sum()
+    return not bool((combined - gradient).norm() > eps**0.5 * gradient.norm() + rounding)
 
 
 def remaining_rows(

@@ -16,6 +16,9 @@ from pyronat.operators import BlockMatrix, BlockOperator, Diagonal, Solver, chol
 FLOOR = 1e-12
 """Smallest eigenvalue of a damped Kronecker product, relative to the largest."""
 
+_CHUNK_ELEMENTS = 2**22
+"""Elements of the temporary that moments are summed from."""
+
 MAX_ITERATIONS = 1000
 """Of conjugate gradients."""
 
@@ -33,7 +36,8 @@ class Kronecker(BlockOperator):
         inputs: A `[fan_in, fan_in]`.
         outputs: B `[units, units]`.
         mass: Σ weights behind A, `[]`.
-        rows: δ `[rows, units]` and a `[rows, fan_in]` that correct the eigenvalues, or None.
+        rows: δ `[data, rows, units]` and a `[data, rows, fan_in]` that correct the eigenvalues, or
+            None; the derivatives of a datum are summed over its rows.
     """
 
     inputs: Tensor
@@ -93,8 +97,14 @@ class Kronecker(BlockOperator):
 
     def _corrected(self, rows: tuple[Tensor, Tensor]) -> KroneckerSolver:
         basis = self._basis()
-        flowing, inputs = (part.to(torch.float64) for part in rows)
-        moments = (flowing @ basis.left).square().mT @ (inputs @ basis.right).square()
+        flowing = rows[0].to(torch.float64) @ basis.left
+        inputs = rows[1].to(torch.float64) @ basis.right
+        if flowing.shape[1] == 1:
+            return replace(basis, values=flowing[:, 0].square().mT @ inputs[:, 0].square())
+        moments = torch.zeros_like(basis.values)
+        chunk = max(_CHUNK_ELEMENTS // moments.numel(), 1)
+        for some, part in zip(flowing.split(chunk), inputs.split(chunk), strict=True):
+            moments += (some.mT @ part).square().sum(0)
         return replace(basis, values=moments)
 
     def __add__(self, other: Kronecker) -> Kronecker:
@@ -136,7 +146,14 @@ def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stacked(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+    """Data of both; the shorter ones are filled up with rows that nothing flows back into."""
+    length = max(first[0].shape[1], second[0].shape[1])
+
+    def joined(a: Tensor, b: Tensor) -> Tensor:
+        parts = (torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) for x in (a, b))
+        return torch.cat(list(parts))
+
+    return joined(first[0], second[0]), joined(first[1], second[1])
 
 
 @dataclass(frozen=True)
@@ -371,12 +388,13 @@ class Rows(BlockOperator):
     def __add__(self, other: Rows) -> Rows:
         """The rows of both."""
         pairs = zip(self.pieces, other.pieces, strict=True)
-        return replace(self, pieces=tuple(concatenated(a, b) for a, b in pairs))
+        pieces = tuple(concatenated(a, b) for a, b in pairs)
+        return replace(self, pieces=pieces, max_rows=self.max_rows + other.max_rows)
 
     def lerp(self, other: Rows, share: float) -> Rows:
         """The newest rows of both, those of the other first, scaled."""
         both = other._scaled(share) + self._scaled(1 - share) if share < 1 else other
-        return both._newest(self.max_rows)
+        return both._newest(max(self.max_rows, other.max_rows))
 
     def _scaled(self, share: float) -> Rows:
         like = self.pieces[0].tensors()[0]
@@ -386,7 +404,7 @@ class Rows(BlockOperator):
     def _newest(self, count: int) -> Rows:
         """The first rows, scaled so that the trace is that of all."""
         if self.num_rows <= count:
-            return self
+            return replace(self, max_rows=count)
         norms = self._norms()
         share = norms.sum() / norms[:count].sum().clamp_min(torch.finfo(norms.dtype).tiny)
         factors = share.sqrt().expand(count)
@@ -396,7 +414,8 @@ class Rows(BlockOperator):
                 return Outer(piece.units[:count], piece.inputs[:count], piece.columns)
             return Explicit(piece.matrix[:count])
 
-        return replace(self, pieces=tuple(cut(piece).scaled(factors) for piece in self.pieces))
+        pieces = tuple(cut(piece).scaled(factors) for piece in self.pieces)
+        return replace(self, pieces=pieces, max_rows=count)
 
     def _norms(self) -> Tensor:
         """Squared norm of each row."""

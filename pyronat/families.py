@@ -396,3 +396,9 @@ REPARAMETRIZED = frozenset({
     "Wishart",
 })
 """Rows of `FAMILIES` whose draws are differentiable in the parameters."""
+
+
+def is_reparametrized(family: str) -> bool:
+    """Whether draws of a family, named as `family_name` does, are differentiable."""
+    inner = family.removeprefix("TransformedDistribution(").removesuffix(")")
+    return inner in REPARAMETRIZED

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pyronat.autograd import Edge, edge_of
-from pyronat.families import peel
+from pyronat.families import family_name
 from pyronat.records import SiteRecord, held_tensors
 
 _SAVED = {
@@ -53,7 +53,7 @@ def fingerprint(
 
 
 def _of_site(record: SiteRecord, graphs: _Graphs) -> str:
-    family = type(peel(record.distribution)).__name__
+    family = family_name(record.distribution)
     plates = tuple(plate.name for plate in record.plates)
     # Of tensors that are computed from each other, the first one has the least deep graph.
     tensors = (

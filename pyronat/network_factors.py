@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyronat.curvature import Curvature, Factor
-from pyronat.datum_rows import Data, LayerRows
+from pyronat.datum_rows import Data, LayerRows, along_rows, by_datum
 from pyronat.errors import UnsupportedProgram
 from pyronat.factored import Explicit, Kronecker, Outer, Piece, Rows
 from pyronat.families import Group
@@ -43,13 +43,13 @@ class LayerFactor(Factor):
 
     def curvature(self, weights: Tensor, with_matrix: bool = True) -> Curvature:
         """B = Σ_n w_n δ δᵀ and A = mean of a aᵀ, see `Factor.curvature`."""
-        by_datum = self.data.weights(weights.to(self.inputs[0].dtype))
+        of_data = self.data.weights(weights.to(self.inputs[0].dtype))
         flowing, inputs = self._stacked(self.rows), torch.cat(self.inputs)
-        spread = torch.cat([self._along(by_datum, len(part)) for part in self.inputs])
+        spread = torch.cat([self._along(of_data, len(part)) for part in self.inputs])
         operator = self._operator(flowing, inputs, spread) if with_matrix else None
         largest = flowing if self.reference is None else self._stacked(self.reference)
         moved = (largest.square().sum(0) * spread.unsqueeze(1)).mT
-        mass = by_datum.sum().clamp_min(torch.finfo(by_datum.dtype).tiny)
+        mass = of_data.sum().clamp_min(torch.finfo(of_data.dtype).tiny)
         tiny = torch.finfo(spread.dtype).tiny
         mean_reach = spread @ inputs.abs().sum(1) / spread.sum().clamp_min(tiny)
         scale = torch.as_tensor(self.record.scale).max().to(inputs)
@@ -57,13 +57,14 @@ class LayerFactor(Factor):
             operator,
             leverage=scale * (moved @ inputs.square().sum(1)) / mass,
             reach=2 * (moved.sum(1) / mass).sqrt() * mean_reach,
+            mass=of_data.sum(),
         )
 
     def _operator(self, flowing: Tensor, inputs: Tensor, spread: Tensor) -> Kronecker:
         weighted = flowing * spread.sqrt().unsqueeze(1)
         flat = weighted.flatten(0, 1)
         mass = spread.sum()
-        rows = (flat, inputs.repeat(len(flowing), 1)) if self.corrected else None
+        rows = self._by_datum(weighted, inputs) if self.corrected else None
         return Kronecker(
             (inputs * spread.unsqueeze(1)).mT @ inputs / mass.clamp_min(1e-30),
             flat.mT @ flat,
@@ -71,15 +72,29 @@ class LayerFactor(Factor):
             rows,
         )
 
+    def _by_datum(self, flowing: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """δ and a with the rows of each datum together, one datum for each cotangent."""
+        lengths, order = [len(part) for part in self.inputs], self.rows.order
+
+        def together(tensor: Tensor) -> Tensor:
+            if order is None:
+                return tensor.flatten(0, 1).unsqueeze(1)
+            parts = tensor.split(lengths, 1)
+            return torch.cat([by_datum(part, self.data.count, order) for part in parts], 2).flatten(
+                0, 1
+            )
+
+        return together(flowing), together(inputs.expand(len(flowing), *inputs.shape))
+
     def _stacked(self, rows: LayerRows) -> Tensor:
         """δ of all taps `[num_cotangents, rows, units]`."""
         return torch.cat(rows.flowing, 1)
 
-    def _along(self, by_datum: Tensor, rows: int) -> Tensor:
+    def _along(self, of_data: Tensor, rows: int) -> Tensor:
         """Weights of the rows of a tap.
 
         Args:
-            by_datum: weights of the data.
+            of_data: weights of the data.
             rows: number of rows.
 
         Returns:
@@ -88,15 +103,15 @@ class LayerFactor(Factor):
         Raises:
             UnsupportedProgram: if weights differ but rows cannot be assigned to data.
         """
-        if self.rows.separable:
-            return by_datum.repeat_interleave(rows // len(by_datum))
-        if len(by_datum) and not bool((by_datum == by_datum[0]).all()):
+        if self.rows.order is not None:
+            return along_rows(of_data, rows, self.rows.order)
+        if len(of_data) and not bool((of_data == of_data[0]).all()):
             raise UnsupportedProgram(
                 f"the data of site {self.record.name!r} have weights of their own, but a layer of "
                 f"{self.block} mixes them, as BatchNorm does; use Full('model'), or a loss without "
                 "importance weights"
             )
-        return by_datum[:1].expand(rows)
+        return of_data[:1].expand(rows)
 
 
 @dataclass(frozen=True)
@@ -126,10 +141,10 @@ class RowsFactor(Factor):
     def curvature(self, weights: Tensor, with_matrix: bool = True) -> Curvature:
         """The rows times √w, see `Factor.curvature`."""
         like = self.pieces[0].tensors()[0]
-        by_datum = self.data.weights(weights.to(like.dtype))
-        scaled = self._weighted(self.pieces, by_datum)
-        largest = scaled if self.reference is None else self._weighted(self.reference, by_datum)
-        mass = by_datum.sum().clamp_min(torch.finfo(by_datum.dtype).tiny)
+        of_data = self.data.weights(weights.to(like.dtype))
+        scaled = self._weighted(self.pieces, of_data)
+        largest = scaled if self.reference is None else self._weighted(self.reference, of_data)
+        mass = of_data.sum().clamp_min(torch.finfo(of_data.dtype).tiny)
         scale = torch.as_tensor(self.record.scale).max().to(like)
         trace = torch.stack([piece.squares().sum() for piece in largest]).sum() / mass
         operator: BlockOperator | None = None
@@ -142,12 +157,13 @@ class RowsFactor(Factor):
             operator,
             leverage=(scale * trace).unsqueeze(0),
             reach=2 * (trace * size).sqrt().unsqueeze(0),
+            mass=of_data.sum(),
         )
 
     @staticmethod
-    def _weighted(pieces: tuple[Piece, ...], by_datum: Tensor) -> tuple[Piece, ...]:
+    def _weighted(pieces: tuple[Piece, ...], of_data: Tensor) -> tuple[Piece, ...]:
         rows = len(pieces[0].tensors()[0])
-        factors = by_datum.clamp_min(0).sqrt().repeat(rows // len(by_datum))
+        factors = of_data.clamp_min(0).sqrt().repeat(rows // len(of_data))
         return tuple(piece.scaled(factors) for piece in pieces)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyronat.autograd import LinearUnits, SampleGate, jacobian, leaves, linear_units
-from pyronat.blocks import ParamBlock
+from pyronat.blocks import FACTORED, ParamBlock
 from pyronat.curvature import Factor, UnitFactor
 from pyronat.datum_rows import (
     Cotangents,
@@ -23,6 +23,7 @@ from pyronat.datum_rows import (
     layer_rows,
     mixed_columns,
     remaining_rows,
+    with_signs,
 )
 from pyronat.errors import StructureChanged
 from pyronat.factored import Explicit, Piece
@@ -141,7 +142,7 @@ def _factors(seen: _Seen) -> Iterator[Factor]:
     Yields:
         The factors.
     """
-    joint = [b for b in seen.blocks if b.structure in {"kronecker", "ekfac"}]
+    joint = [b for b in seen.blocks if b.structure in FACTORED]
     rows = [
         b
         for b in seen.blocks
@@ -252,10 +253,13 @@ def _factored_jacobian(seen: _Seen, names: Sequence[str]) -> Tensor | None:
     eye = eye.expand(data.count, data.elements, size, size)
     columns = all_columns(data, seen.group, eye)
     rows = layer_rows([layers[name] for name in names], columns, seen.gate)
-    if not all(row.separable for row in rows):
+    if any(row.order is None for row in rows):
         return None
-    found = torch.cat([row.explicit(data.count) for row in rows], -1)
-    return found.movedim(0, 1).flatten(0, 1)
+    found = torch.cat([row.explicit(data.count) for row in rows], -1).movedim(0, 1)
+    # Copies of a datum have the same derivatives.
+    batch = torch.broadcast_tensors(*seen.group.coordinates)[0].shape[: len(data.shape)]
+    wide = found.reshape(*data.shape, size, -1).expand(*batch, size, found.shape[-1])
+    return wide.reshape(-1, found.shape[-1])
 
 
 def _ordered_inputs(units: LinearUnits, block: ParamBlock, params: Mapping[str, Tensor]) -> Tensor:
@@ -304,7 +308,7 @@ def _cotangents(seen: _Seen, most: int, mixtures: int) -> tuple[Cotangents, Cota
     data = data_of(seen.record, seen.group)
     root = fisher_root(data, seen.group)
     if data.elements * seen.group.size <= most:
-        columns = all_columns(data, seen.group, root)
+        columns = with_signs(all_columns(data, seen.group, root))
     else:
         columns = mixed_columns(data, seen.group, root, mixtures)
     largest = bound_root(data, seen.group, root)
@@ -355,7 +359,7 @@ def _layer_factors(seen: _Seen, blocks: Sequence[ParamBlock]) -> Iterator[Factor
                 rows[own[0]],
                 reference.get(own[0]),
                 _layer_inputs(block, layers),
-                block.structure == "ekfac",
+                block.structure == "kronecker",
             )
 
 
@@ -401,7 +405,7 @@ def _pieces(seen: _Seen, block: ParamBlock, columns: Cotangents) -> tuple[Piece,
     count, total = columns.data.count, len(columns.values) * columns.data.count
     layers = seen.layers(block.params)
     found = layer_rows(list(layers.values()), columns, seen.gate)
-    rows = {n: row for n, row in zip(layers, found, strict=True) if row.separable}
+    rows = {n: row for n, row in zip(layers, found, strict=True) if row.order is not None}
     pieces: list[Piece] = []
     for name, shape in zip(block.params, block.shapes, strict=True):
         if name in rows:

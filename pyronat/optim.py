@@ -20,6 +20,7 @@ from pyronat.errors import (
     StructureChanged,
     UnassignedParameter,
 )
+from pyronat.families import is_reparametrized
 from pyronat.geometry import Euclidean, Full, Geometry, Visible
 from pyronat.graph import BayesNet
 from pyronat.plans import Plan, make_plan
@@ -43,15 +44,6 @@ from pyronat.steps import (
 )
 
 STATE_FORMAT = 4
-CONTINUOUS = frozenset({
-    "Normal",
-    "LogNormal",
-    "MultivariateNormal",
-    "Gamma",
-    "Beta",
-    "Exponential",
-})
-"""Families whose guides default to the natural gradient: their draws are reparametrized."""
 
 
 class NaturalGradient(pyro.optim.PyroOptim):
@@ -240,9 +232,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
     def _guide_geometry(self, net: BayesNet) -> Geometry:
         if self.guide_geometry is not None:
             return self.guide_geometry
-        suits = all(site.family in CONTINUOUS for site in net.sites) and all(
-            block.structure == "unit" or block.structure != "dense" or block.size <= 1024
-            for block in net.blocks
+        suits = all(is_reparametrized(site.family) for site in net.sites) and all(
+            block.structure != "dense" or block.size <= 1024 for block in net.blocks
         )
         return Full() if suits else Euclidean()
 
@@ -341,11 +332,15 @@ class NaturalGradient(pyro.optim.PyroOptim):
         lr = self.step_length(caution)
         directions: dict[str, Tensor] = {}
         products: list[Tensor] = []
+
+        def bound(quadratic: Tensor) -> Tensor:
+            return self.trust_region.network_factor(0.5 * lr**2 * quadratic)
+
         of_model: list[Tensor] = []
         for role, side in sides.items():
             if side.natural:
                 mixing = self.mixing(caution) if role == "model" else 1.0
-                found, terms = side.directions(gradients, mixing)
+                found, terms = side.directions(gradients, mixing, bound)
                 directions.update(found)
                 products += terms
                 of_model = terms if role == "model" else of_model

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 
-from pyronat.blocks import MAX_DENSE_SIZE, ParamBlock, Structure, UnitAxes
+from pyronat.blocks import FACTORED, MAX_DENSE_SIZE, ParamBlock, Structure, UnitAxes
 from pyronat.errors import (
     BlockTooLarge,
     PyronatError,
@@ -123,7 +123,7 @@ def _chosen(block: ParamBlock, structures: Mapping[str, Structure]) -> ParamBloc
     joint = block.count == 1 and isinstance(block.units, UnitAxes)
     if structure == "dense" and (block.structure == "unit" or not joint):
         return block  # already exact, unit by unit
-    if structure in {"kronecker", "ekfac"} and not block.layers:
+    if structure in FACTORED and not block.layers:
         raise UnsupportedStructure(
             f"the block of {block.name} holds no layer of a network that is recognized, so it has "
             f"no Kronecker factors; choose 'dual' or 'diagonal' instead of {structure!r}"
@@ -147,7 +147,7 @@ def _measured(block: ParamBlock) -> Iterator[ParamBlock]:
     Yields:
         The block itself, or its layers and the rest where it is held by layers.
     """
-    if block.structure not in {"kronecker", "ekfac"}:
+    if block.structure not in FACTORED:
         yield block
         return
     rest = set(block.params)

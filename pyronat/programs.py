@@ -16,7 +16,7 @@ from torch import Tensor
 from pyronat.analysis import network_of
 from pyronat.autograd import edge_of, leaves
 from pyronat.errors import StructureChanged
-from pyronat.families import peel
+from pyronat.families import family_name
 from pyronat.fingerprint import fingerprint
 from pyronat.flows import follow
 from pyronat.graph import BayesNet
@@ -240,4 +240,4 @@ def _differences(net: BayesNet, records: Sequence[SiteRecord]) -> str:
 
 
 def _family(record: SiteRecord) -> str:
-    return type(peel(record.distribution)).__name__
+    return family_name(record.distribution)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -170,13 +170,17 @@ class Side:
         return reach
 
     def directions(
-        self, gradients: Mapping[str, Tensor], mixing: float = 1.0
+        self,
+        gradients: Mapping[str, Tensor],
+        mixing: float = 1.0,
+        bound: Callable[[Tensor], Tensor] = torch.ones_like,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Natural gradients d = A⁻¹ g by parameter, and the products that describe them.
 
         Args:
             gradients: g by parameter name.
             mixing: ρ; with 1, A = G + λ.
+            bound: dᵀGd of all networks per datum → factor on their directions.
 
         Returns:
             d by parameter name, and (gᵀg, gᵀd, dᵀd, dᵀAd without damping, Σλ, count) of each block.
@@ -187,29 +191,48 @@ class Side:
         for some in self.spectra.values() if mixing < 1 else ():
             found.update(some.solve({name: packed[name] for name in some.factors}, mixing))
             damped.update(dict.fromkeys(some.factors, some.damped(mixing)))
-        directions: dict[str, Tensor] = {}
-        products = []
+        vectors: dict[str, Tensor] = {}
+        products: dict[str, Tensor] = {}
         for name, solved in self.solved.items():
-            layout, gradient = self.plan.layouts[name], packed[name]
+            gradient = packed[name]
             direction = found[name] if name in found else solved.factor.solve(gradient)
-            direction = direction * solved.known.unsqueeze(1)
+            direction = vectors[name] = direction * solved.known.unsqueeze(1)
             inner = (gradient * direction).sum()
             squares = direction.square().sum(1)
             # A d = g with A damped, so dᵀAd needs no product with A.
             quadratic = inner - damped.get(name, 1.0) * (solved.damping * squares).sum()
-            entries = torch.tensor(float(layout.count), dtype=inner.dtype, device=inner.device)
-            products.append(
-                torch.stack([
-                    gradient.square().sum(),
-                    inner,
-                    squares.sum(),
-                    quadratic,
-                    solved.damping.sum(),
-                    entries,
-                ])
-            )
-            add_parts(directions, layout.unpack(direction))
-        return directions, products
+            parts = [gradient.square().sum(), inner, squares.sum(), quadratic]
+            entries = inner.new_tensor(float(len(gradient)))
+            products[name] = torch.stack([*parts, solved.damping.sum(), entries])
+        shrinking = self._of_networks(products, bound)
+        directions: dict[str, Tensor] = {}
+        for name, vector in vectors.items():
+            if name in shrinking:
+                f, one = shrinking[name], torch.ones_like(shrinking[name])
+                vector = f * vector
+                products[name] = products[name] * torch.stack([one, f, f * f, f * f, one, one])
+            add_parts(directions, self.plan.layouts[name].unpack(vector))
+        return directions, list(products.values())
+
+    def _of_networks(
+        self, products: Mapping[str, Tensor], bound: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Factors on the directions of blocks of networks, one for all of them.
+
+        Args:
+            products: of each block.
+            bound: dᵀGd per datum → factor.
+
+        Returns:
+            The factor by block.
+        """
+        names = [name for name in products if self.plan.blocks[name].is_network]
+        if not names:
+            return {}
+        quadratic = torch.stack([products[name][3] for name in names]).sum().clamp_min(0)
+        mass = torch.stack([self.average[name].mass.to(quadratic) for name in names]).max()
+        factor = bound(quadratic / mass.clamp_min(torch.finfo(mass.dtype).tiny))
+        return dict.fromkeys(names, factor)
 
     def _packed(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor:
         """Gradients `[count, size]` of a block, 0 for parameters that a step did not use."""

@@ -259,16 +259,28 @@ class KLTrustRegion:
     Attributes:
         radius: largest divergence of a step in nats, in the units of the loss: summed over all
             data that the loss counts, subsampling included.
+        network: largest divergence per datum, in nats, of what a step does to the deep networks of
+            a program, together. Their distributions are not linear in the parameters, and one
+            batch is a weak witness of what a long step does to other data.
     """
 
     radius: float = math.inf
+    network: float = 0.01
 
     def factor(self, divergence: Tensor) -> Tensor:
         """Factor on the step, at most 1."""
-        if math.isinf(self.radius):
-            return torch.ones_like(divergence)
-        tiny = torch.finfo(divergence.dtype).tiny
-        return (self.radius / divergence.clamp_min(tiny)).sqrt().clamp_max(1.0)
+        return _shrinking(self.radius, divergence)
+
+    def network_factor(self, divergence: Tensor) -> Tensor:
+        """Factor on the step of networks, at most 1, from its divergence per datum."""
+        return _shrinking(self.network, divergence)
+
+
+def _shrinking(radius: float, divergence: Tensor) -> Tensor:
+    if math.isinf(radius):
+        return torch.ones_like(divergence)
+    tiny = torch.finfo(divergence.dtype).tiny
+    return (radius / divergence.clamp_min(tiny)).sqrt().clamp_max(1.0)
 
 
 @dataclass(frozen=True)

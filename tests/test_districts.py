@@ -13,8 +13,8 @@ import torch
 from programs import randn
 from torch import Tensor
 
-from pyronat.plans import make_plan
 from pyronat.districts import DistrictPlan, Part, plan_districts
+from pyronat.plans import make_plan
 from pyronat.programs import know
 
 Model = Callable[[Tensor], Any]

@@ -21,12 +21,12 @@ from models.hmm import DiscreteHMM
 from models.mixture import GaussianMixture
 from pyronat import families, testing
 from pyronat.curvature import UnitFactor as Factor
-from pyronat.observation import observe
-from pyronat.plans import Plan, make_plan
 from pyronat.dreams import Dream, draw, posterior_marginals
 from pyronat.errors import UnsupportedDistribution
 from pyronat.families import groups, score
 from pyronat.importance import DatumPlates
+from pyronat.observation import observe
+from pyronat.plans import Plan, make_plan
 from pyronat.programs import know
 from pyronat.records import Run, SiteRecord
 from pyronat.scores import BlockColumns, Slots, datum_scores, element_weights

@@ -26,11 +26,11 @@ from models.helmholtz import Helmholtz
 from models.latent_class import LatentClass
 from models.mixture import GaussianMixture
 from pyronat import Full, NaturalGradient, NaturalSVI, spectrum, testing, visible
-from pyronat.plans import make_plan
 from pyronat.districts import plan_districts
 from pyronat.errors import CheckpointMismatch
 from pyronat.geometry import Visible
 from pyronat.operators import CholeskyFactor, cholesky
+from pyronat.plans import make_plan
 from pyronat.programs import know
 from pyronat.spectrum import MAX_ROWS, Spectrum, VisibleAverage, sketched
 from pyronat.steps import ConstantDamping, RunningAverage

@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 OUTPUTS = {
     "digits": {"curves.png", "digits.png", "metrics.jsonl"},
     "missing_information": {"paths.png", "results.json", "table.md"},
+    "variational": {"curves.png", "results.json", "table.md"},
 }
 """The files that each example writes."""
 
@@ -43,6 +44,8 @@ def test_example_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert path.read_bytes().startswith(b"\x89PNG")
     if name == "digits":
         check_digits(output, printed)
+    if name == "variational":
+        check_variational(output, printed)
 
 
 def check_digits(output: Path, printed: str) -> None:
@@ -57,3 +60,18 @@ def check_digits(output: Path, printed: str) -> None:
     finals = {m["method"]: m["nll"] for m in lines if (m["split"], m["epoch"]) == ("test", 2)}
     assert len(finals) == 4
     assert all(15 < nll < 25 for nll in finals.values())
+
+
+def check_variational(output: Path, printed: str) -> None:
+    """Every program has its methods, and every run its curve or its error."""
+    runs = json.loads((output / "results.json").read_text())
+    assert (output / "table.md").read_text() in printed + "\n"
+    programs = {run["program"] for run in runs}
+    assert len(programs) == 6 and len(runs) == 6 * (2 + 3)
+    for run in runs:
+        assert (run["error"] is None) == math.isfinite(run["validation"])
+        assert len(run["steps"]) == len(run["seconds"]) == len(run["values"])
+        if run["method"] == "Adam":
+            assert run["error"] is None and all(map(math.isfinite, run["values"]))
+    natural = [run for run in runs if run["method"] != "Adam" and run["error"] is None]
+    assert {"linear regression", "eight schools"} <= {run["program"] for run in natural}

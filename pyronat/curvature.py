@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -221,7 +222,7 @@ class UnitFactor(Factor):
                 operator = BlockMatrix(jacobian.flatten(1, 2).mT @ weighted.flatten(1, 2))
         # A unit that only some data reach, as the row of a table, is judged by those.
         touched = (norms.amax(-1) > 0) * flat
-        elements = spread.shape[spread.dim() - joined_dims(self.record.distribution) :].numel()
+        elements = prod(spread.shape[spread.dim() - joined_dims(self.record.distribution) :])
         data = touched.reshape(len(touched), -1, elements).amax(-1)
         return Curvature(
             operator,

@@ -97,17 +97,18 @@ def _support_group(distribution: dist.Distribution, values: Tensor) -> Group:
 def _score_group(
     distribution: dist.Distribution, drawing: Callable[[], AbstractContextManager[None]]
 ) -> Group:
-    kind = type(distribution).__name__
     draws = min(max(_ROWS // max(distribution.batch_shape.numel(), 1), 1), MAX_DRAWS)
+    lacking = "sampler"
     try:
         with drawing(), torch.no_grad():
             values = distribution.sample(torch.Size([draws]))
+        lacking = "log density of given values"
         # A copy: transforms remember values by identity, with inverses that have no history.
         log_probs = distribution.log_prob(values.clone())
     except (NotImplementedError, KeyError) as error:
         raise UnsupportedDistribution(
-            f"{kind} has no closed-form Fisher information, and its score cannot be simulated: it "
-            f"lacks {'a sampler' if 'sample' in str(error) else 'a log density of given values'}"
+            f"{type(distribution).__name__} has no closed-form Fisher information, and its score "
+            f"cannot be simulated: it has no {lacking}"
         ) from error
     eye = torch.eye(draws, dtype=log_probs.dtype, device=log_probs.device) / draws
     shape = torch.Size([*distribution.batch_shape, draws, draws])

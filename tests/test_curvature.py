@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyronat
+from pyronat import curvature
 from pyronat import plans as module
 from pyronat import testing
 from pyronat.blocks import UnitAxes
@@ -302,9 +303,9 @@ def test_gram_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, inputs = torch.rand(7, 2), torch.randn(7, 3)
     expected = torch.einsum("nu,ni,nj->uij", weights, inputs, inputs)
     torch.testing.assert_close(gram(weights, inputs), expected)
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 18)
+    monkeypatch.setattr(curvature, "_CHUNK_ELEMENTS", 18)
     torch.testing.assert_close(gram(weights, inputs), expected)
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(curvature, "_CHUNK_ELEMENTS", 1)
     torch.testing.assert_close(gram(weights, inputs), expected)
     assert gram(weights[:0], inputs[:0]).abs().max() == 0
 
@@ -580,14 +581,21 @@ def test_excluding_one_parameter_leaves_out_its_block() -> None:
     assert set(of_run(run, plan)) == set(plan.blocks)
 
 
-def test_inexact_blocks_are_refused_unless_excluded() -> None:
+class Implicit(dist.Normal):
+    """A distribution that can be sampled, but has no density."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def test_blocks_without_a_score_are_refused_unless_excluded() -> None:
     def model() -> None:
         p, q = pyro.param("p", torch.zeros(())), pyro.param("q", torch.zeros(()))
-        pyro.sample("z", dist.StudentT(3.0, p, 1.0))
+        pyro.sample("z", Implicit(p, 1.0))
         pyro.sample("x", dist.Normal(q, 1.0))
 
     known, run = know(model, (), {}), dream(model, (), {})
-    with pytest.raises(UnsupportedDistribution, match=r"z \(StudentT\); leave p to another"):
+    with pytest.raises(UnsupportedDistribution, match=r"z \(Implicit\); leave p to another"):
         make_plan(known)
     plan = make_plan(known, excluded=["p"])
     assert set(of_run(run, plan)) == {"q"}

@@ -21,7 +21,14 @@ from pyronat.graph import BayesNet
 from pyronat.guards import all_finite, explained
 from pyronat.loss_traces import check_loss, watch_traces
 from pyronat.optim import NaturalGradient, restore, state_of
-from pyronat.programs import MAX_BRANCHES, KnownProgram, UnknownStructure, know, learn
+from pyronat.programs import (
+    MAX_BRANCHES,
+    KnownProgram,
+    UnknownStructure,
+    check_registered,
+    know,
+    learn,
+)
 from pyronat.proposals import Proposal
 from pyronat.refresh import Call, Meter
 from pyronat.sides import Role, Side
@@ -274,13 +281,16 @@ class NaturalSVI:
         """
         stored = stored_parameters()
         with torch.random.fork_rng(), poutine.block(), torch.no_grad():
-            guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-            poutine.replay(self.model, trace=guide_trace)(*args, **kwargs)
+            with poutine.trace(param_only=True) as capture:
+                guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+                poutine.replay(self.model, trace=guide_trace)(*args, **kwargs)
             after = random_state()
         if stored != stored_parameters():
             set_random_state(after)
         model = know(self.model, args, kwargs)
         guide = self._of_guide(know(self.guide, args, kwargs), model)
+        for known in (model, guide):
+            check_registered(known.net, params_of(capture.trace))
         self._check_simulable(model)
         self.optim.bind({"model": model, "guide": guide})
         self._analyzed = True
@@ -294,6 +304,8 @@ class NaturalSVI:
 
     def _check_simulable(self, model: KnownProgram) -> None:
         geometry = self.optim.geometry
+        if not model.net.blocks:
+            return  # Nothing is measured, so nothing is simulated.
         if isinstance(geometry, Visible) or {"dreams", "exact"} & geometry.sources.keys():
             check_simulable(model.net)
 

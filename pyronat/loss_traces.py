@@ -142,10 +142,14 @@ _STOCK_SLEEP = "_get_matched_trace"
 _SLEEP_TRACES = ("_get_sleep_trace", _STOCK_SLEEP)
 
 
-def _with_params(guide: poutine.Trace, model: poutine.Trace) -> poutine.Trace:
-    """A guide's trace with its parameters, which a guide that runs its model leaves there alone."""
-    found = guide.copy()
-    for name, site in model.nodes.items():
+def _with_params(trace: poutine.Trace, other: poutine.Trace) -> poutine.Trace:
+    """A trace with the parameters of another one too.
+
+    A program may use a module that the other one registers, and a guide that runs its model along
+    leaves all parameters to the trace of the model.
+    """
+    found = trace.copy()
+    for name, site in other.nodes.items():
         if site["type"] == "param" and name not in found.nodes:
             found.nodes[name] = site
     return found
@@ -181,15 +185,18 @@ def watch_traces(loss: ELBO, visitor: TraceVisitor) -> Generator[None, None, Non
     name = next((n for n in _SLEEP_TRACES if hasattr(loss, n)), "")
     get_sleep_trace: Any = getattr(loss, name, None)
 
+    awake: list[poutine.Trace] = []
+
     def watched(*args: Any) -> Any:
-        model_trace, guide_trace = get_trace(*args)
-        visitor.wake(model_trace, _with_params(guide_trace, model_trace))
-        return model_trace, guide_trace
+        model, guide = get_trace(*args)
+        awake[:] = [_with_params(model, guide)]
+        visitor.wake(awake[0], _with_params(guide, model))
+        return model, guide
 
     def watched_sleep(*args: Any) -> Any:
-        guide_trace = get_sleep_trace(*args)
-        visitor.sleep(guide_trace)
-        return guide_trace
+        guide = get_sleep_trace(*args)
+        visitor.sleep(_with_params(guide, awake[0]) if awake else guide)
+        return guide
 
     loss._get_trace = watched
     if name:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyronat.analysis import network_of
 from pyronat.autograd import edge_of, leaves
-from pyronat.errors import StructureChanged
+from pyronat.errors import StructureChanged, UnsupportedProgram
 from pyronat.families import family_name
 from pyronat.fingerprint import fingerprint
 from pyronat.flows import follow
@@ -97,6 +97,26 @@ def know(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kn
     return KnownProgram(network_of(flow), frozenset({flow.fingerprint}), flow.positions)
 
 
+def check_registered(net: BayesNet, params: Mapping[str, Tensor]) -> None:
+    """Refuses parameters that no step would train.
+
+    Args:
+        net: of the model or the guide.
+        params: what model and guide have shown to Pyro, by name.
+
+    Raises:
+        UnsupportedProgram: naming a site and a parameter it uses that is not among them.
+    """
+    for block in net.blocks:
+        for name in block.params:
+            if name not in params:
+                raise UnsupportedProgram(
+                    f"site {block.sites[0]!r} depends on the parameter {name!r}, which neither "
+                    "model nor guide registers in this call; do so with pyro.module, PyroModule "
+                    "or pyro.param, do not hide it with poutine.block, or detach it"
+                )
+
+
 def learn(
     unknown: UnknownStructure, program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> KnownProgram:
@@ -143,7 +163,8 @@ def learn(
     changed = _differences(net, records)
     raise StructureChanged(
         f"the program took a branch that it did not take again on the same values: {changed}; "
-        "let branches depend on sampled values or arguments alone"
+        "let branches depend on sampled values or arguments alone. A sequential plate with a "
+        "random subsample is such a branch; use a vectorized one"
     )
 
 

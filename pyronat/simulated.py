@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def _support_group(distribution: dist.Distribution, values: Tensor) -> Group:
 def _score_group(
     distribution: dist.Distribution, drawing: Callable[[], AbstractContextManager[None]]
 ) -> Group:
-    draws = min(max(_ROWS // max(distribution.batch_shape.numel(), 1), 1), MAX_DRAWS)
+    draws = min(max(_ROWS // max(prod(distribution.batch_shape), 1), 1), MAX_DRAWS)
     lacking = "sampler"
     try:
         with drawing(), torch.no_grad():

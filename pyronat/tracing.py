@@ -19,9 +19,11 @@ from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pyronat.autograd import leaves
 from pyronat.dataflow import Dataflow
 from pyronat.families import peel
 from pyronat.records import Plate, Run, SiteRecord
+from pyronat.wrappers import distribution_tensors
 
 Program: TypeAlias = Callable[..., Any]
 """A model or a guide."""
@@ -80,13 +82,29 @@ def params_of(trace: poutine.Trace) -> dict[str, Tensor]:
 
     A leaf that is registered under several names is one parameter, of the last name.
     """
-    leaves = {}
+    found = {}
     for name, site in trace.nodes.items():
         if site["type"] == "param":
             value = site["value"]
-            leaves[name] = value.unconstrained() if hasattr(value, "unconstrained") else value
-    names = {id(leaf): name for name, leaf in sorted(leaves.items())}
-    return {name: leaf for name, leaf in sorted(leaves.items()) if names[id(leaf)] == name}
+            found[name] = value.unconstrained() if hasattr(value, "unconstrained") else value
+    names = {id(leaf): name for name, leaf in sorted(found.items())}
+    return {name: leaf for name, leaf in sorted(found.items()) if names[id(leaf)] == name}
+
+
+def _run_of(trace: poutine.Trace) -> Run:
+    """A run whose sample values are constants.
+
+    Its parameters are those that the program registers, and those in Pyro's store that it uses
+    though another program has registered them.
+    """
+    records, params = records_of(trace), params_of(trace)
+    known = {id(leaf) for leaf in params.values()}
+    tensors = [t for record in records for t in distribution_tensors(record.distribution)]
+    used = {id(leaf) for leaf in leaves(tensors, ())} - known
+    if used:
+        stored = pyro.get_param_store().named_parameters()
+        params |= {name: leaf for name, leaf in stored if id(leaf) in used}
+    return Run(records, dict(sorted(params.items())))
 
 
 def stored_parameters() -> frozenset[str]:
@@ -191,7 +209,7 @@ def run_constant(
 
     with _Outermost(visit):
         trace = poutine.trace(by_itself(program)).get_trace(*args, **kwargs)
-    return Run(records_of(trace), params_of(trace))
+    return _run_of(trace)
 
 
 def run_followed(
@@ -275,7 +293,7 @@ def run_on(
 
     with _Outermost(visit):
         trace = poutine.trace(unconditioned(by_itself(program))).get_trace(*args, **kwargs)
-    return Run(records_of(trace), params_of(trace))
+    return _run_of(trace)
 
 
 class _Watched(Tensor):

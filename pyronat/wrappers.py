@@ -166,8 +166,7 @@ def held_tensors(distribution: Distribution) -> list[tuple[Tensor, ...]]:
         distribution: with its wrappers.
 
     Returns:
-        Tuples of one tensor, or of one tensor and what has been computed from it, in any order,
-        where the distribution does not say which one it was given.
+        Tuples of one tensor, or of one tensor and what has been computed from it, in any order.
     """
     found: list[tuple[Tensor, ...]] = []
     stack: list[Any] = [distribution]
@@ -184,7 +183,7 @@ def held_tensors(distribution: Distribution) -> list[tuple[Tensor, ...]]:
         alternatives = []
         for name, part in named:
             if isinstance(part, Tensor):
-                if name in lazy:
+                if name in lazy or name == "_param":
                     alternatives.append(part)
                 elif id(part) not in seen:
                     seen.add(id(part))
@@ -192,8 +191,9 @@ def held_tensors(distribution: Distribution) -> list[tuple[Tensor, ...]]:
             elif isinstance(part, _HOLDERS) and not isinstance(part, torch.Size):
                 stack.append(part)
         if alternatives and not any(str(name).startswith("_unbroadcasted") for name, _ in named):
-            given = [part for part in alternatives if part is getattr(item, "_param", None)]
-            found.append(tuple(given or alternatives))
+            # Not even `_param` tells which one was given: an expanded distribution has there what
+            # the original had computed.
+            found.append(tuple(alternatives))
     return found
 
 

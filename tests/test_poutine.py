@@ -38,7 +38,7 @@ from torch.distributions import constraints
 
 import pyronat
 from pyronat import Euclidean, Full, NaturalGradient, NaturalSVI
-from pyronat.errors import UnassignedParameter, UnsupportedProgram
+from pyronat.errors import StructureChanged, UnassignedParameter, UnsupportedProgram
 
 EXACT = 1e-10
 
@@ -238,7 +238,7 @@ def test_an_intervention_cuts_what_follows_from_the_site() -> None:
 def test_a_hidden_parameter_is_named() -> None:
     hidden = poutine.block(hierarchy, hide=["loc"])
     svi = NaturalSVI(hidden, AutoNormal(hierarchy), NaturalGradient())
-    with pytest.raises(UnsupportedProgram, match=r"'z' depends on a parameter .* not know"):
+    with pytest.raises(UnsupportedProgram, match=r"'z' .* parameter 'loc', .* poutine.block"):
         svi.step(X)
 
 
@@ -374,6 +374,70 @@ def test_a_module_that_is_not_registered_is_named() -> None:
     svi = NaturalSVI(model, lambda x, y: None, NaturalGradient())
     with pytest.raises(UnsupportedProgram, match=r"site 'y' .* pyro.module"):
         svi.step(randn(3, 8, 2), randn(4, 8))
+
+
+def test_a_module_of_the_guide_may_be_registered_by_the_model() -> None:
+    """As in stock SVI, which trains what either of them shows to Pyro."""
+    torch.manual_seed(0)
+    encoder = torch.nn.Linear(1, 1).double()
+
+    def model(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, positive("noise", 0.7)), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x.unsqueeze(-1)).squeeze(-1), 0.5))
+
+    svi = still_step(model, guide, X)
+    inputs = torch.stack([torch.ones(len(X)), X], 1)  # bias, weight
+    found = matrix_of(svi, "guide", {"encoder$$$bias": 1, "encoder$$$weight": 1})
+    torch.testing.assert_close(found, inputs.mT @ inputs / 0.25)
+    before = encoder.weight.detach().clone()
+    NaturalSVI(model, guide, NaturalGradient(0.1)).step(X)
+    assert not torch.equal(encoder.weight, before)
+
+
+def test_a_parameter_that_neither_registers_is_named() -> None:
+    """It is in Pyro's store from elsewhere, so that no step of this program would train it."""
+    net = torch.nn.Linear(2, 1).double()
+    pyro.module("net", net)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(net(x).squeeze(-1), 0.5), obs=y)
+
+    svi = NaturalSVI(model, lambda x, y: None, NaturalGradient())
+    with pytest.raises(UnsupportedProgram, match=r"site 'y' .* 'net\$\$\$.* pyro.module"):
+        svi.step(randn(3, 8, 2), randn(4, 8))
+
+
+def test_a_model_without_parameters_need_not_be_simulated() -> None:
+    """A site that reads the data from the arguments is no obstacle where nothing is measured."""
+
+    def model(x: Tensor) -> None:
+        drift = pyro.sample("drift", dist.Normal(0.0, 1.0))
+        for time in range(1, len(x)):
+            pyro.sample(f"x{time}", dist.Normal(x[time - 1] + drift, 1.0), obs=x[time])
+
+    svi = NaturalSVI(model, AutoNormal(model), NaturalGradient(0.1))
+    losses = [svi.step(X) for _ in range(40)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+    # Negative control: with a parameter, it is.
+    def learned(x: Tensor) -> None:
+        for time in range(1, len(x)):
+            pyro.sample(
+                f"x{time}", dist.Normal(x[time - 1] + number("drift", 0.0), 1.0), obs=x[time]
+            )
+
+    svi = NaturalSVI(learned, lambda x: None, NaturalGradient(0.1))
+    with pytest.raises(
+        UnsupportedProgram, match=r"reads the data .* Full\(expectation='posterior'\)"
+    ):
+        svi.step(X)
 
 
 def test_a_module_used_by_model_and_guide_is_named() -> None:
@@ -553,3 +617,38 @@ def test_the_euclidean_geometry_needs_no_handler() -> None:
     svi = NaturalSVI(model, AutoNormal(model), optim, Trace_ELBO(num_particles=4))
     losses = [svi.step(X) for _ in range(60)]
     assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_random_subsamples_of_a_sequential_plate_are_refused() -> None:
+    def model(x: Tensor) -> None:
+        for i in pyro.plate("data", len(x), subsample_size=2):
+            pyro.sample(f"x{i}", dist.Normal(number("loc", 0.5), 1.5), obs=x[i])
+
+    svi = NaturalSVI(model, lambda x: None, NaturalGradient(0.1))
+    with pytest.raises(StructureChanged, match="random subsample .* vectorized"):
+        for _ in range(30):
+            svi.step(randn(1, 40))
+
+
+def test_probabilities_whose_logits_were_asked_for_are_one_structure() -> None:
+    """What a distribution has computed on demand before it is expanded changes nothing."""
+    asked: list[bool] = []
+
+    def model(x: Tensor) -> None:
+        probs = pyro.param("probs", torch.tensor([0.3, 0.7]), constraint=constraints.simplex)
+        fn = dist.Categorical(probs)
+        asked.append(len(asked) % 2 == 0)
+        if asked[-1]:
+            _ = fn.logits
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", fn, obs=x)
+
+    svi = NaturalSVI(model, lambda x: None, NaturalGradient(0.3))
+    data = torch.tensor([0, 1, 1, 1])
+    for _ in range(60):
+        svi.step(data)
+    assert len(set(asked)) == 2
+    assert len(svi.optim.sides["model"].plan.program.runs) == 1
+    torch.testing.assert_close(
+        pyro.param("probs").detach(), torch.tensor([0.25, 0.75]), atol=0.05, rtol=0
+    )

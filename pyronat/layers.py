@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from pyronat.autograd import Edge, SampleGate, edge_of, shape_of, vector_jacobian_products, walk
+from pyronat.autograd import (
+    TRANSPOSING,
+    Edge,
+    SampleGate,
+    edge_of,
+    shape_of,
+    vector_jacobian_products,
+    walk,
+)
 from pyronat.autograd import weight_leaf as behind_transpositions
 
 
@@ -68,10 +76,10 @@ def find_layers(tensors: Sequence[Tensor], stops: Collection[Edge]) -> list[Laye
         stops: edges that are not crossed, as those of sample values.
 
     Returns:
-        The layers, in order of discovery. A parameter may have other uses that have not been
-        recognized: compare gradients before relying on the taps.
+        The layers, in order of discovery; a parameter with any other use is none.
     """
     found: dict[int, Tensor] = {}
+    uses: dict[int, int] = defaultdict(int)
     axes: dict[int, set[int]] = defaultdict(set)
     taps: dict[int, list[Tap]] = defaultdict(list)
     seen: set[Any] = set()
@@ -82,6 +90,8 @@ def find_layers(tensors: Sequence[Tensor], stops: Collection[Edge]) -> list[Laye
             if node in seen:
                 continue
             seen.add(node)
+            for leaf in _used_by(node):
+                uses[id(leaf)] += 1
             for leaf, axis, tap in _taps(node):
                 found[id(leaf)] = leaf
                 axes[id(leaf)].add(axis)
@@ -89,8 +99,27 @@ def find_layers(tensors: Sequence[Tensor], stops: Collection[Edge]) -> list[Laye
     return [
         Layer(leaf, next(iter(axes[key])), tuple(taps[key]))
         for key, leaf in found.items()
-        if len(axes[key]) == 1
+        if len(axes[key]) == 1 and len(taps[key]) == uses[key]
     ]
+
+
+def _used_by(node: Any) -> Iterator[Tensor]:
+    """Leaves that a node uses, transposed or not.
+
+    Args:
+        node: of the graph; those that transpose use nothing themselves.
+
+    Yields:
+        A leaf for each use.
+    """
+    if node.name() in TRANSPOSING:
+        return
+    for child, _ in node.next_functions:
+        while child is not None and child.name() in TRANSPOSING:
+            child = child.next_functions[0][0]
+        leaf = getattr(child, "variable", None)
+        if leaf is not None:
+            yield leaf
 
 
 def _taps(node: Any) -> Iterator[tuple[Tensor, int, Tap]]:

@@ -434,6 +434,20 @@ def test_rows_of_a_layer_are_checked() -> None:
     assert not any(rows.order or rows.complete for rows in broken)
 
 
+def test_a_weight_with_another_use_is_no_layer() -> None:
+    weight, other = torch.randn(3, 2, requires_grad=True), torch.randn(2, 2, requires_grad=True)
+    x = torch.randn(5, 2)
+    twice = torch.tanh(x @ other.T) @ other.T
+    assert len(find_layers([twice], ())[0].taps) == 2  # two uses that are both seen
+    tied = torch.tanh(x @ weight.T) @ weight  # units are rows in one, columns in the other
+    assert find_layers([tied], ()) == []
+    product = weight @ weight.T  # the first factor's use is not
+    assert find_layers([product], ()) == []
+    scaled = F.linear(x, other) * other.sum()
+    assert find_layers([scaled], ()) == []
+    assert [layer.leaf is other for layer in find_layers([F.linear(x, other)], ())] == [True]
+
+
 # --- scales, masks, weights ----------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyronat.errors import InvalidData
+from pyronat.errors import InvalidData, NonFiniteStep
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -46,6 +46,32 @@ def explained(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generator[None,
         if not _is_finite((args, kwargs)):
             raise InvalidData(f"an argument holds NaN or infinite values: {error}") from error
         raise
+
+
+@contextmanager
+def inside_domain(divergence: float | None) -> Generator[None, None, None]:
+    """Blames the last step where a distribution's parameters have left their domain.
+
+    Args:
+        divergence: of the last step in nats, or None if there was none.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        NonFiniteStep: if there was a step, and a distribution refuses its parameters.
+        ValueError: as Pyro or torch raise it for any other reason.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if divergence is None or "satisfy the constraint" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise NonFiniteStep(
+            f"the last step, of {divergence:.3g} nats, has moved a distribution out of its domain; "
+            f"lower lr, or bound steps with trust_region=KLTrustRegion(1.0): {reason}"
+        ) from error
 
 
 def _is_finite(arguments: Any) -> bool:

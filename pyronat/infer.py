@@ -18,7 +18,7 @@ from pyronat.errors import InvalidData, NonFiniteStep, StructureChanged
 from pyronat.expectation import Averaging, LossObserver, check_simulable
 from pyronat.geometry import Visible
 from pyronat.graph import BayesNet
-from pyronat.guards import all_finite, explained
+from pyronat.guards import all_finite, explained, inside_domain
 from pyronat.loss_traces import check_loss, watch_traces
 from pyronat.optim import NaturalGradient, restore, state_of
 from pyronat.programs import (
@@ -358,19 +358,10 @@ class NaturalSVI:
         Raises:
             InvalidData: where Pyro or torch refuse arguments that are not finite, or empty.
             NonFiniteStep: where the last step has moved a distribution out of its domain.
-            ValueError: as Pyro or torch raise it.
         """
-        try:
-            with explained(args, kwargs), watch_traces(self.loss, observer):
-                loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        except ValueError as error:
-            if self.info is None or "satisfy the constraint" not in str(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise NonFiniteStep(
-                f"the last step, of {self.info.kl:.3g} nats, has moved a distribution out of its "
-                f"domain; lower lr, or bound steps with trust_region=KLTrustRegion(1.0): {reason}"
-            ) from error
+        kl = None if self.info is None else self.info.kl
+        with inside_domain(kl), explained(args, kwargs), watch_traces(self.loss, observer):
+            loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
         return _number(loss)
 
     def _apply(self, proposal: Proposal, params: Mapping[str, Tensor]) -> bool:

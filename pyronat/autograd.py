@@ -393,6 +393,8 @@ def jacobian(coordinates: Tensor, params: Sequence[Tensor], gate: SampleGate) ->
     """
     flat = coordinates.reshape(-1)
     size = sum(param.numel() for param in params)
+    if not flat.requires_grad:
+        return flat.new_zeros(flat.numel(), size)
     if flat.numel() <= size:
         eye = torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)
         rows = vector_jacobian_products([flat], params, [eye], gate)

@@ -156,10 +156,10 @@ def guide(x: Tensor) -> None:
 
 def test_simulation_leaves_the_random_numbers_of_the_training_alone() -> None:
     x = dist.Poisson(torch.full((20,), 3.0)).sample()
+    Trace_ELBO().loss(counts, guide, x)  # creates the parameters
     pyro.set_rng_seed(3)
     stock = SVI(counts, guide, SGD({"lr": 0.0}), Trace_ELBO())
     expected = [stock.step(x) for _ in range(4)]
-    pyro.clear_param_store()
     pyro.set_rng_seed(3)
     svi = NaturalSVI(counts, guide, NaturalGradient(0.0), Trace_ELBO())
     assert [svi.step(x) for _ in range(4)] == expected

@@ -165,26 +165,21 @@ class KroneckerSolver(Solver):
         left: U `[units, units]`.
         right: V `[fan_in, fan_in]`.
         values: `[units, fan_in]`.
-        added: what had to be added to the smallest of them.
+        jitter: what had to be added to the smallest of them.
     """
 
     scale: Tensor
     left: Tensor
     right: Tensor
     values: Tensor
-    added: float
-
-    @property
-    def jitter(self) -> float:
-        """What was added beyond the damping."""
-        return self.added
+    jitter: float
 
     def lifted(self, damping: float) -> KroneckerSolver:
         """With damping added to all values, and more to those that are still negligible."""
         values = self.values + damping
         floor = FLOOR * values.max()
         added = float((floor - values.min()).clamp_min(0))
-        return replace(self, values=values.clamp_min(floor), added=added)
+        return replace(self, values=values.clamp_min(floor), jitter=added)
 
     def mv(self, vectors: Tensor) -> Tensor:
         """The product with `[units, fan_in]`."""
@@ -452,18 +447,13 @@ class DualSolver(Solver):
         rows: R.
         damping: λ `[1]`.
         lower: Cholesky factor of λ + R Rᵀ, in float64.
-        added: part of λ that is jitter.
+        jitter: part of λ that is not damping.
     """
 
     rows: Rows
     damping: Tensor
     lower: Solver
-    added: float
-
-    @property
-    def jitter(self) -> float:
-        """What was added beyond the damping."""
-        return self.added
+    jitter: float
 
     def solve(self, vectors: Tensor) -> Tensor:
         """The solution for `[1, size]`."""
@@ -478,17 +468,12 @@ class IterativeSolver(Solver):
     Attributes:
         rows: R.
         damping: λ `[1]`.
-        added: part of λ that is jitter.
+        jitter: part of λ that is not damping.
     """
 
     rows: Rows
     damping: Tensor
-    added: float
-
-    @property
-    def jitter(self) -> float:
-        """What was added beyond the damping."""
-        return self.added
+    jitter: float
 
     @cached_property
     def _inverse_diagonal(self) -> Tensor:

@@ -135,12 +135,13 @@ def add_parts(total: dict[str, Tensor], part: Mapping[str, Tensor]) -> None:
 
 
 class Solver(ABC):
-    """A damped block that can be solved with."""
+    """A damped block that can be solved with.
 
-    @property
-    @abstractmethod
-    def jitter(self) -> float:
-        """Largest diagonal added beyond the damping, in the units of the matrix."""
+    Attributes:
+        jitter: largest diagonal added beyond the damping, in the units of the matrix.
+    """
+
+    jitter: float
 
     @abstractmethod
     def solve(self, vectors: Tensor) -> Tensor:
@@ -275,14 +276,11 @@ class DiagonalSolver(Solver):
 
     Attributes:
         damped: `[count, size]`.
+        jitter: none is added.
     """
 
     damped: Tensor
-
-    @property
-    def jitter(self) -> float:
-        """None is added."""
-        return 0.0
+    jitter: float = 0.0
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Vectors over the diagonal, 0 where the diagonal is."""
@@ -300,16 +298,11 @@ class CholeskyFactor(Solver):
 
     Attributes:
         lower: `[count, size, size]`.
-        added: largest diagonal added beyond the damping, in the units of the matrix.
+        jitter: largest diagonal added beyond the damping, in the units of the matrix.
     """
 
     lower: Tensor
-    added: float
-
-    @property
-    def jitter(self) -> float:
-        """What was added beyond the damping."""
-        return self.added
+    jitter: float
 
     def solve(self, vectors: Tensor) -> Tensor:
         """(G + damping + jitter)⁻¹ x for `[count, size]`."""

@@ -1,4 +1,4 @@
-"""Adam against natural gradients on five variational programs as Pyro users write them.
+"""Adam against natural gradients on six variational programs as Pyro users write them.
 
 A variational autoencoder, a deep Markov model, Bayesian linear and logistic regression, the eight
 schools and a sparse gamma DEF are trained by stock `SVI` with Adam at five rates and by
@@ -507,7 +507,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments, or None for those of the process.
     """
-    parser = argparse.ArgumentParser(description="Adam against natural gradients, five programs.")
+    parser = argparse.ArgumentParser(description="Adam against natural gradients, six programs.")
     parser.add_argument("--seeds", type=int, default=3, help="number of runs per method")
     parser.add_argument("--share", type=float, default=1.0, help="share of each program's seconds")
     parser.add_argument("--programs", nargs="+", help="first words of programs to run")

@@ -19,13 +19,14 @@ from pyronat.expectation import Averaging, LossObserver, check_simulable
 from pyronat.geometry import Visible
 from pyronat.graph import BayesNet
 from pyronat.guards import all_finite, explained, inside_domain
-from pyronat.loss_traces import check_loss, watch_traces
+from pyronat.loss_traces import check_loss, number_of, watch_traces
 from pyronat.optim import NaturalGradient, restore, state_of
 from pyronat.programs import (
     MAX_BRANCHES,
     KnownProgram,
     UnknownStructure,
     check_registered,
+    check_same_program,
     know,
     learn,
 )
@@ -143,7 +144,7 @@ class NaturalSVI:
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Estimate of the loss in nats; nothing is changed."""
         with torch.no_grad():
-            return _number(self.loss.loss(self.model, self.guide, *args, **kwargs))
+            return number_of(self.loss.loss(self.model, self.guide, *args, **kwargs))
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Takes one step on the loss of model and guide.
@@ -291,6 +292,9 @@ class NaturalSVI:
         guide = self._of_guide(know(self.guide, args, kwargs), model)
         for known in (model, guide):
             check_registered(known.net, params_of(capture.trace))
+        check_same_program(
+            {role: side.net for role, side in self.optim.sides.items()}, model, guide
+        )
         self._check_simulable(model)
         self.optim.bind({"model": model, "guide": guide})
         self._analyzed = True
@@ -362,7 +366,7 @@ class NaturalSVI:
         kl = None if self.info is None else self.info.kl
         with inside_domain(kl), explained(args, kwargs), watch_traces(self.loss, observer):
             loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        return _number(loss)
+        return number_of(loss)
 
     def _apply(self, proposal: Proposal, params: Mapping[str, Tensor]) -> bool:
         """Changes all parameters, or none if anything is not finite."""
@@ -447,11 +451,6 @@ def _quantiles(ess: Tensor | None) -> tuple[float, float, float] | None:
     shares = torch.tensor([0.1, 0.5, 0.9], dtype=ess.dtype, device=ess.device)
     low, median, high = ess.quantile(shares).tolist()
     return low, median, high
-
-
-def _number(loss: Any) -> float:
-    """A loss in nats; of a loss for each program, as Pyro's wake–sleep has it, the model's."""
-    return float(loss[0] if isinstance(loss, tuple) else loss)
 
 
 def _mixed(seed: int, step: int) -> int:

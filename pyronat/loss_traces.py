@@ -242,3 +242,8 @@ def check_loss(loss: Any, programs: Sequence[Program] = ()) -> None:
 def _takes_data(program: Program) -> bool:
     taken = inspect.signature(program).parameters.values()
     return any(p.name == "observations" or p.kind is p.VAR_KEYWORD for p in taken)
+
+
+def number_of(loss: Any) -> float:
+    """A loss in nats; of a loss for each program, as Pyro's wake–sleep has it, the model's."""
+    return float(loss[0] if isinstance(loss, tuple) else loss)

@@ -97,6 +97,32 @@ def know(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kn
     return KnownProgram(network_of(flow), frozenset({flow.fingerprint}), flow.positions)
 
 
+def check_same_program(
+    bound: Mapping[str, BayesNet], model: KnownProgram, guide: KnownProgram
+) -> None:
+    """Refuses an optimizer that is in use with other programs.
+
+    Args:
+        bound: networks of the programs that it is in use with by role, if any.
+        model: the model that it is to be used with.
+        guide: its guide.
+
+    Raises:
+        UnsupportedProgram: if they have other sites or parameters.
+    """
+    for role, known in (("model", model), ("guide", guide)):
+        if role in bound and _names(bound[role]) != _names(known.net):
+            changed = ", ".join(sorted(_names(bound[role]) ^ _names(known.net))[:5])
+            raise UnsupportedProgram(
+                f"this NaturalGradient is in use with another {role} ({changed} differ); give "
+                "every NaturalSVI a NaturalGradient of its own"
+            )
+
+
+def _names(net: BayesNet) -> set[str]:
+    return {site.name for site in net.sites} | set(net.params)
+
+
 def check_registered(net: BayesNet, params: Mapping[str, Tensor]) -> None:
     """Refuses parameters that no step would train.
 

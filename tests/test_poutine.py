@@ -619,6 +619,18 @@ def test_the_euclidean_geometry_needs_no_handler() -> None:
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
+def test_programs_do_not_share_an_optimizer() -> None:
+    optim = NaturalGradient(0.1)
+    first = NaturalSVI(hierarchy, AutoNormal(hierarchy), optim)
+    first.step(X)
+    second = NaturalSVI(regularized, lambda x: None, optim)
+    with pytest.raises(UnsupportedProgram, match="another model .* of its own"):
+        second.step(X)
+    # Negative control: the same programs may be taken up again.
+    again = NaturalSVI(hierarchy, first.guide, optim)
+    assert isinstance(again.step(X), float)
+
+
 def test_random_subsamples_of_a_sequential_plate_are_refused() -> None:
     def model(x: Tensor) -> None:
         for i in pyro.plate("data", len(x), subsample_size=2):

@@ -25,7 +25,6 @@ from pyronat.programs import (
     MAX_BRANCHES,
     KnownProgram,
     UnknownStructure,
-    check_registered,
     check_same_program,
     know,
     learn,
@@ -282,16 +281,13 @@ class NaturalSVI:
         """
         stored = stored_parameters()
         with torch.random.fork_rng(), poutine.block(), torch.no_grad():
-            with poutine.trace(param_only=True) as capture:
-                guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-                poutine.replay(self.model, trace=guide_trace)(*args, **kwargs)
+            guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+            poutine.replay(self.model, trace=guide_trace)(*args, **kwargs)
             after = random_state()
         if stored != stored_parameters():
             set_random_state(after)
         model = know(self.model, args, kwargs)
         guide = self._of_guide(know(self.guide, args, kwargs), model)
-        for known in (model, guide):
-            check_registered(known.net, params_of(capture.trace))
         check_same_program(
             {role: side.net for role, side in self.optim.sides.items()}, model, guide
         )

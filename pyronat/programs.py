@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from pyronat.analysis import network_of
-from pyronat.autograd import edge_of, leaves
+from pyronat.autograd import Edge, edge_of, leaves
 from pyronat.errors import StructureChanged, UnsupportedProgram
 from pyronat.families import family_name
 from pyronat.fingerprint import fingerprint
@@ -29,6 +29,7 @@ from pyronat.tracing import (
     repeatable,
     run_constant,
     set_seed,
+    stored_names,
     unconditioned,
 )
 
@@ -123,24 +124,30 @@ def _names(net: BayesNet) -> set[str]:
     return {site.name for site in net.sites} | set(net.params)
 
 
-def check_registered(net: BayesNet, params: Mapping[str, Tensor]) -> None:
+def _check_registered(records: Sequence[SiteRecord], params: Mapping[str, Tensor]) -> None:
     """Refuses parameters that no step would train.
 
     Args:
-        net: of the model or the guide.
-        params: what model and guide have shown to Pyro, by name.
+        records: the random sites of a run that a loss made.
+        params: what model and guide have shown to Pyro in that run, by name.
 
     Raises:
         UnsupportedProgram: naming a site and a parameter it uses that is not among them.
     """
-    for block in net.blocks:
-        for name in block.params:
-            if name not in params:
+    known, stored = {id(leaf) for leaf in params.values()}, stored_names()
+    for record in records:
+        for leaf in leaves(distribution_tensors(record.distribution), _value_edges(records)):
+            if id(leaf) in stored and id(leaf) not in known:
                 raise UnsupportedProgram(
-                    f"site {block.sites[0]!r} depends on the parameter {name!r}, which neither "
-                    "model nor guide registers in this call; do so with pyro.module, PyroModule "
-                    "or pyro.param, do not hide it with poutine.block, or detach it"
+                    f"site {record.name!r} depends on the parameter {stored[id(leaf)]!r}, which "
+                    "neither model nor guide registers in this call; do so with pyro.module, "
+                    "PyroModule or pyro.param, do not hide it with poutine.block, or detach it"
                 )
+
+
+def _value_edges(records: Sequence[SiteRecord]) -> set[Edge]:
+    """Edges of the graph that sample values come from."""
+    return {edge_of(record.value) for record in records if record.value.grad_fn is not None}
 
 
 def learn(
@@ -164,8 +171,10 @@ def learn(
 
     Raises:
         StructureChanged: if the branch cannot be taken again.
+        UnsupportedProgram: if the run uses a parameter that is not shown to Pyro.
     """
     known, records = unknown.known, unknown.records
+    _check_registered(records, unknown.params)
     if _simulated(known.net, records):
         program = unconditioned(program)
     values = {record.name: record.value for record in records if not record.observed}
@@ -264,7 +273,7 @@ def _repeated(
 
 def _same_sites(net: BayesNet, records: Sequence[SiteRecord], params: Mapping[str, Tensor]) -> bool:
     names = {id(leaf): name for name, leaf in params.items()}
-    stops = {edge_of(record.value) for record in records if record.value.grad_fn is not None}
+    stops = _value_edges(records)
     found = {
         record.name: (
             _family(record),

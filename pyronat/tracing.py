@@ -129,6 +129,11 @@ def _is_observed(message: Mapping[str, Any]) -> bool:
     return message["type"] == "sample" and bool(message["is_observed"])
 
 
+def stored_names() -> dict[int, str]:
+    """Names of all parameters in Pyro's store, by the identity of their unconstrained leaves."""
+    return {id(leaf): name for name, leaf in pyro.get_param_store().named_parameters()}
+
+
 class _Outermost(Messenger):
     """Decides a site's value last, when its distribution is already expanded by the plates."""
 

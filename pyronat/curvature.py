@@ -145,6 +145,7 @@ class UnitFactor(Factor):
         slope: ∂θ/∂(preactivation) `[repeats * rows, units]`, or None where it is 1.
         jacobian: ∂θ/∂(entries) `[batch * coordinates, units, size]`, or None for linear units.
         diagonal: whether the diagonal of the matrices is wanted alone.
+        repeated: batch dimensions along which the Jacobian has one row for all.
     """
 
     block: str
@@ -155,6 +156,7 @@ class UnitFactor(Factor):
     slope: Tensor | None = None
     jacobian: Tensor | None = None
     diagonal: bool = False
+    repeated: tuple[int, ...] = ()
 
     @property
     def fisher(self) -> Tensor:
@@ -202,15 +204,23 @@ class UnitFactor(Factor):
     def _of_entries(self, spread: Tensor, with_matrix: bool) -> Curvature:
         assert self.jacobian is not None
         size = self.fisher.shape[-1]
-        fisher = self.fisher.reshape(-1, size, size)
+        wide = self.fisher.expand(*spread.shape, size, size)
+        bounds = torch.as_tensor(0.0 if self.bound is None else self.bound, dtype=spread.dtype)
+        bounds = bounds.expand(spread.shape)
+        for dim in self.repeated:
+            wide, bounds = wide.narrow(dim, 0, 1), bounds.narrow(dim, 0, 1)
+        if self.repeated:
+            spread = spread.sum(self.repeated, keepdim=True)
+        fisher = wide.reshape(-1, size, size)
         jacobian = self.jacobian.unflatten(0, (len(fisher), size)).movedim(2, 0)
         flat = spread.reshape(-1)
         tiny = torch.finfo(flat.dtype).tiny
         if self.bound is None:
             reference = fisher
         else:
-            bound = torch.as_tensor(self.bound, dtype=flat.dtype).expand(spread.shape).reshape(-1)
-            reference = bound[:, None, None] * torch.eye(size, dtype=flat.dtype, device=flat.device)
+            reference = bounds.reshape(-1)[:, None, None] * torch.eye(
+                size, dtype=flat.dtype, device=flat.device
+            )
         leverage = (flat[:, None, None] * (reference @ jacobian) * jacobian).sum((1, 2, 3))
         norms = reference.diagonal(dim1=1, dim2=2).sqrt() * jacobian.abs().sum(-1)
         operator: BlockOperator | None = None

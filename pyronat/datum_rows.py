@@ -50,8 +50,7 @@ class Data:
         distribution = self.record.distribution
         if self.expanded:
             return spread_weights(weights, distribution).reshape(-1)
-        found = weights.sum_to_size(distribution.batch_shape)
-        return (found.sum(self.repeated, keepdim=True) if self.repeated else found).reshape(-1)
+        return self.total(weights.sum_to_size(distribution.batch_shape)).reshape(-1)
 
     def own(self, tensor: Tensor) -> Tensor:
         """A tensor `[*base_batch, *rest]` without copies."""
@@ -59,6 +58,10 @@ class Data:
             if tensor.shape[dim] > 1:
                 tensor = tensor.narrow(dim, 0, 1)
         return tensor
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """A tensor `[*base_batch, *rest]` summed over copies."""
+        return tensor.sum(self.repeated, keepdim=True) if self.repeated else tensor
 
     def visible(self, like: Tensor) -> Tensor:
         """1 for elements that the distribution itself does not mask, `[count, elements]`."""

@@ -15,6 +15,7 @@ from pyronat.blocks import FACTORED, ParamBlock
 from pyronat.curvature import Factor, UnitFactor
 from pyronat.datum_rows import (
     Cotangents,
+    Data,
     LayerRows,
     all_columns,
     bound_root,
@@ -25,6 +26,7 @@ from pyronat.datum_rows import (
     remaining_rows,
     with_signs,
 )
+from pyronat.elements import ElementFactor, slopes_of, unit_jacobian
 from pyronat.errors import StructureChanged
 from pyronat.factored import Explicit, Piece
 from pyronat.families import Group
@@ -51,7 +53,10 @@ MAX_PASSES = 1024
 
 
 def observe(
-    records: Sequence[SiteRecord], plan: Plan, params: Mapping[str, Tensor]
+    records: Sequence[SiteRecord],
+    plan: Plan,
+    params: Mapping[str, Tensor],
+    by_element: bool = False,
 ) -> list[Factor]:
     """Factors of all planned blocks in one run, taken before the graph is differentiated.
 
@@ -62,6 +67,7 @@ def observe(
         records: the random sites of the run.
         plan: the plan of the program.
         params: unconstrained leaves by name.
+        by_element: whether every element of a site is wanted by itself, for its score.
 
     Returns:
         Factors for each group of coordinates, one for each of its blocks.
@@ -78,7 +84,7 @@ def observe(
             if record.name in sites
             for group in fisher_groups(record.distribution)
             if (record.name, group.name) in plan.blocks_of
-            for factor in _factors(_Seen(record, group, plan, params, gate))
+            for factor in _factors(_Seen(record, group, plan, params, gate, by_element))
         ]
     finally:
         gate.remove()
@@ -94,7 +100,7 @@ def observe_units(
         for factor, names in plan.blocks_of.items()
     }
     kept = {factor: names for factor, names in kept.items() if names}
-    factors = observe(records, replace(plan, blocks_of=kept), params)
+    factors = observe(records, replace(plan, blocks_of=kept), params, by_element=True)
     return [factor for factor in factors if isinstance(factor, UnitFactor)]
 
 
@@ -108,6 +114,7 @@ class _Seen:
         plan: the plan of the program.
         params: unconstrained leaves by name.
         gate: the sample values.
+        by_element: whether every element is wanted by itself.
     """
 
     record: SiteRecord
@@ -115,6 +122,7 @@ class _Seen:
     plan: Plan
     params: Mapping[str, Tensor]
     gate: SampleGate
+    by_element: bool = False
 
     @property
     def blocks(self) -> list[ParamBlock]:
@@ -198,8 +206,13 @@ def _unit_factors(seen: _Seen, blocks: Sequence[ParamBlock]) -> list[Factor]:
     present = [param for param in shapes if param in seen.params]
     if not present:
         return []
+    data = data_of(record, group)
+    by_element = None if seen.by_element else _element_factors(seen, blocks, data)
+    if by_element is not None:
+        return by_element
     # Parameters of other branches have no derivatives here.
-    found = _jacobian(seen, present)
+    repeated = () if seen.by_element else data.repeated
+    found = _jacobian(seen, present, repeated)
     parts = dict(zip(present, found.split([prod(shapes[p]) for p in present], 1), strict=True))
     columns = torch.cat(
         [parts.get(p, found.new_zeros(len(found), prod(shape))) for p, shape in shapes.items()], 1
@@ -211,31 +224,69 @@ def _unit_factors(seen: _Seen, blocks: Sequence[ParamBlock]) -> list[Factor]:
     }
     layouts = seen.plan.layouts
     return [
-        replace(factor, jacobian=columns[:, layouts[factor.block].pack(positions)])
+        replace(
+            factor, jacobian=columns[:, layouts[factor.block].pack(positions)], repeated=repeated
+        )
         for factor in factors
     ]
 
 
-def _jacobian(seen: _Seen, names: Sequence[str]) -> Tensor:
-    """Derivatives of all coordinates `[batch * coordinates, entries]`."""
+def _element_factors(seen: _Seen, blocks: Sequence[ParamBlock], data: Data) -> list[Factor] | None:
+    """Factors of units that belong to one element of the site each.
+
+    Args:
+        seen: the coordinates.
+        blocks: the blocks.
+        data: the data of the site.
+
+    Returns:
+        A factor for each block; None where that saves nothing or is not so.
+    """
+    coordinates = [data.own(part) for part in torch.broadcast_tensors(*seen.group.coordinates)]
+    params = {name: seen.params.get(name) for block in blocks for name in block.params}
+    leaves_of = {name: leaf for name, leaf in params.items() if leaf is not None}
+    if coordinates[0].numel() <= FEW_COORDINATES or len(leaves_of) < len(params):
+        return None
+    slopes = slopes_of(coordinates, leaves_of, seen.gate)
+    if slopes is None:
+        return None
+    each = seen.group.size // len(coordinates)
+    factors: list[Factor] = []
+    for block in blocks:
+        found = unit_jacobian(block, seen.plan.layouts[block.name], slopes, each)
+        if found is None:
+            return None
+        diagonal = block.structure == "diagonal"
+        factors.append(
+            ElementFactor(block.name, seen.record, seen.group, data, *found, diagonal=diagonal)
+        )
+    return factors
+
+
+def _jacobian(seen: _Seen, names: Sequence[str], repeated: Sequence[int] = ()) -> Tensor:
+    """Derivatives of all coordinates `[batch * coordinates, entries]`, of copies once."""
     group, params = seen.group, [seen.params[name] for name in names]
-    found = _factored_jacobian(seen, names)
+    found = _factored_jacobian(seen, names, repeated)
     if found is not None:
         return found
+    wide = list(torch.broadcast_tensors(*group.coordinates))
+    for dim in repeated:
+        wide = [part.narrow(dim, 0, 1) for part in wide]
     size = group.size // len(group.coordinates)
     parts = [
         jacobian(coordinate, params, seen.gate).reshape(-1, size, sum(map(Tensor.numel, params)))
-        for coordinate in torch.broadcast_tensors(*group.coordinates)
+        for coordinate in wide
     ]
     return torch.cat(parts, 1).flatten(0, 1)
 
 
-def _factored_jacobian(seen: _Seen, names: Sequence[str]) -> Tensor | None:
+def _factored_jacobian(seen: _Seen, names: Sequence[str], repeated: Sequence[int]) -> Tensor | None:
     """The same from layers, one backward pass for each coordinate of a datum.
 
     Args:
         seen: the coordinates.
         names: the parameters.
+        repeated: batch dimensions whose copies are wanted once.
 
     Returns:
         The Jacobian, or None where it saves nothing, where a parameter is no layer, or where the
@@ -257,7 +308,9 @@ def _factored_jacobian(seen: _Seen, names: Sequence[str]) -> Tensor | None:
         return None
     found = torch.cat([row.explicit(data.count) for row in rows], -1).movedim(0, 1)
     # Copies of a datum have the same derivatives.
-    batch = torch.broadcast_tensors(*seen.group.coordinates)[0].shape[: len(data.shape)]
+    batch = list(torch.broadcast_tensors(*seen.group.coordinates)[0].shape[: len(data.shape)])
+    for dim in repeated:
+        batch[dim] = 1
     wide = found.reshape(*data.shape, size, -1).expand(*batch, size, found.shape[-1])
     return wide.reshape(-1, found.shape[-1])
 

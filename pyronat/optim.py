@@ -26,7 +26,7 @@ from pyronat.graph import BayesNet
 from pyronat.plans import Plan, make_plan
 from pyronat.programs import KnownProgram
 from pyronat.proposals import Proposal, Unjudged, step_scalars
-from pyronat.sides import Role, Side, restored_program
+from pyronat.sides import Kind, Role, Side, restored_program
 from pyronat.spectrum import VisibleAverage
 from pyronat.steps import (
     Caution,
@@ -333,16 +333,19 @@ class NaturalGradient(pyro.optim.PyroOptim):
         directions: dict[str, Tensor] = {}
         products: list[Tensor] = []
 
-        def bound(quadratic: Tensor) -> Tensor:
-            if self.rule is not None:  # which judges steps by their gain
-                return torch.ones_like(quadratic)
-            return self.trust_region.network_factor(0.5 * lr**2 * quadratic)
+        def bound(kind: Kind, quadratic: Tensor) -> Tensor:
+            return self.trust_region.factor_per_datum(kind, 0.5 * lr**2 * quadratic)
 
         of_model: list[Tensor] = []
         for role, side in sides.items():
             if side.natural:
                 mixing = self.mixing(caution) if role == "model" else 1.0
-                found, terms = side.directions(gradients, mixing, bound)
+                found, terms = side.directions(
+                    # An adaptive rule judges steps by their gain.
+                    gradients,
+                    mixing,
+                    bound if self.rule is None else None,
+                )
                 directions.update(found)
                 products += terms
                 of_model = terms if role == "model" else of_model

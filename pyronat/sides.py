@@ -13,6 +13,7 @@ from pyronat.blocks import ParamBlock
 from pyronat.curvature import Curvature, mix
 from pyronat.districts import DistrictPlan
 from pyronat.errors import CheckpointMismatch, PyronatError
+from pyronat.families import is_reparametrized
 from pyronat.geometry import Geometry
 from pyronat.graph import BayesNet
 from pyronat.operators import BlockOperator, CholeskyFactor, Solver, add_parts
@@ -22,6 +23,12 @@ from pyronat.spectrum import Spectrum, VisibleAverage, spectrum
 from pyronat.steps import Damping, RunningAverage
 
 Role: TypeAlias = Literal["model", "guide"]
+
+Kind: TypeAlias = Literal["network", "guide"]
+"""Blocks whose steps are bounded together."""
+
+Bound: TypeAlias = Callable[[Kind, Tensor], Tensor]
+"""dᵀGd of all blocks of a kind, per datum, → factor on their directions."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,11 @@ class Side:
             The side.
         """
         share = rule.share(self.refreshes)
-        kept = {name: value for name, value in self.average.items() if name in self.plan.blocks}
+        kept = {
+            name: value
+            for name, value in self.average.items()
+            if name in self.plan.blocks and not (name in curvature and self._is_certain(name))
+        }
         known = {name: value for name, value in curvature.items() if name in kept}
         average = {**curvature, **(mix(kept, known, share) if kept else {})}
         mixed = {
@@ -125,6 +136,20 @@ class Side:
         }
         return replace(self, refreshes=self.refreshes + 1, average=average, visible=mixed)
 
+    def _is_certain(self, name: str) -> bool:
+        """Whether one estimate says all: of a guide's global variables, which no data vary."""
+        block = self.plan.blocks[name]
+        return self.role == "guide" and block.exact and not block.plates and not block.is_network
+
+    def _can_surprise(self, name: str) -> bool:
+        """Whether a block is fitted to values that it may hold for impossible.
+
+        The draws of a reparametrized guide are its own.
+        """
+        families = {site.name: site.family for site in self.net.sites}
+        own = all(is_reparametrized(families[site]) for site in self.plan.blocks[name].sites)
+        return self.role == "model" or not own or self.plan.blocks[name].is_network
+
     def factored(self, damping: Damping, lr: float) -> Side:
         """This side with its blocks damped at a learning rate and factored."""
         solved = {}
@@ -132,6 +157,8 @@ class Side:
             assert curvature.operator is not None
             diagonal = curvature.operator.mean_diagonal()
             leverage = _filled(curvature.leverage)
+            if not self._can_surprise(name):
+                leverage = torch.zeros_like(leverage)
             strength = damping(diagonal, leverage, lr).expand(diagonal.shape)
             strength = curvature.operator.usable(strength)
             solved[name] = self._solve(name, curvature.operator, strength)
@@ -173,14 +200,14 @@ class Side:
         self,
         gradients: Mapping[str, Tensor],
         mixing: float = 1.0,
-        bound: Callable[[Tensor], Tensor] = torch.ones_like,
+        bound: Bound | None = None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Natural gradients d = A⁻¹ g by parameter, and the products that describe them.
 
         Args:
             gradients: g by parameter name.
             mixing: ρ; with 1, A = G + λ.
-            bound: dᵀGd of all networks per datum → factor on their directions.
+            bound: of networks and of guides, or None.
 
         Returns:
             d by parameter name, and (gᵀg, gᵀd, dᵀd, dᵀAd without damping, Σλ, count) of each block.
@@ -204,7 +231,7 @@ class Side:
             parts = [gradient.square().sum(), inner, squares.sum(), quadratic]
             entries = inner.new_tensor(float(len(gradient)))
             products[name] = torch.stack([*parts, solved.damping.sum(), entries])
-        shrinking = self._of_networks(products, bound)
+        shrinking = {} if bound is None else self._shrinking(products, bound)
         directions: dict[str, Tensor] = {}
         for name, vector in vectors.items():
             if name in shrinking:
@@ -214,25 +241,31 @@ class Side:
             add_parts(directions, self.plan.layouts[name].unpack(vector))
         return directions, list(products.values())
 
-    def _of_networks(
-        self, products: Mapping[str, Tensor], bound: Callable[[Tensor], Tensor]
-    ) -> dict[str, Tensor]:
-        """Factors on the directions of blocks of networks, one for all of them.
+    def _shrinking(self, products: Mapping[str, Tensor], bound: Bound) -> dict[str, Tensor]:
+        """Factors on the directions of blocks: one for all networks, one for the rest of a guide.
 
         Args:
             products: of each block.
-            bound: dᵀGd per datum → factor.
+            bound: (kind, dᵀGd per datum) → factor.
 
         Returns:
             The factor by block.
         """
-        names = [name for name in products if self.plan.blocks[name].is_network]
-        if not names:
-            return {}
-        quadratic = torch.stack([products[name][3] for name in names]).sum().clamp_min(0)
-        mass = torch.stack([self.average[name].mass.to(quadratic) for name in names]).max()
-        factor = bound(quadratic / mass.clamp_min(torch.finfo(mass.dtype).tiny))
-        return dict.fromkeys(names, factor)
+        factors: dict[str, Tensor] = {}
+        kinds: tuple[Kind, ...] = ("network", "guide")
+        for kind in kinds:
+            names = [name for name in products if self._kind(name) == kind]
+            if names:
+                quadratic = torch.stack([products[name][3] for name in names]).sum().clamp_min(0)
+                mass = torch.stack([self.average[name].mass.to(quadratic) for name in names]).max()
+                per_datum = quadratic / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+                factors.update(dict.fromkeys(names, bound(kind, per_datum)))
+        return factors
+
+    def _kind(self, name: str) -> Kind | None:
+        if self.plan.blocks[name].is_network:
+            return "network"
+        return "guide" if self.role == "guide" else None
 
     def _packed(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor:
         """Gradients `[count, size]` of a block, 0 for parameters that a step did not use."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -262,18 +262,22 @@ class KLTrustRegion:
         network: largest divergence per datum, in nats, of what a step does to the deep networks of
             a program, together. Their distributions are not linear in the parameters, and one
             batch is a weak witness of what a long step does to other data.
+        guide: the same, per datum, of what a step does to the rest of a guide. A guide of global
+            variables is one datum: its gradient comes from a few draws, of which a long step makes
+            too much.
     """
 
     radius: float = math.inf
     network: float = 0.01
+    guide: float = 1.0
 
     def factor(self, divergence: Tensor) -> Tensor:
         """Factor on the step, at most 1."""
         return _shrinking(self.radius, divergence)
 
-    def network_factor(self, divergence: Tensor) -> Tensor:
-        """Factor on the step of networks, at most 1, from its divergence per datum."""
-        return _shrinking(self.network, divergence)
+    def factor_per_datum(self, kind: Literal["network", "guide"], divergence: Tensor) -> Tensor:
+        """Factor on the step of networks, or of a guide, from its divergence per datum."""
+        return _shrinking(self.network if kind == "network" else self.guide, divergence)
 
 
 def _shrinking(radius: float, divergence: Tensor) -> Tensor:

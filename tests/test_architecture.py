@@ -24,7 +24,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     | {"joint_forms", "layers", "factored", "weights"},
     frozenset({"index_rules", "families"}),
     frozenset({"flow_rules", "simulated", "datum_rows", "curvature"}),
-    frozenset({"dataflow", "partition", "fingerprint", "districts", "network_factors"}),
+    frozenset({"dataflow", "partition", "fingerprint", "districts"})
+    | {"network_factors", "elements"},
     frozenset({"tracing", "importance", "testing"}),
     frozenset({"flows", "enumeration", "loss_traces"}),
     frozenset({"analysis", "dreams"}),

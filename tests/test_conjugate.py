@@ -7,6 +7,7 @@ F(η)(η − η*) (Hoffman et al. 2013, Sec. 2). A step −F(η)⁻¹∇ thus en
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyronat import Full, NaturalGradient, NaturalSVI
-from pyronat.steps import ConstantDamping, RunningAverage
+from pyronat.steps import ConstantDamping, KLTrustRegion, RunningAverage
 
 Program = Callable[..., Any]
 
@@ -423,6 +424,7 @@ def one_step(
         guide_geometry=Full("posterior"),
         damping=ConstantDamping(0.0),
         curvature=RunningAverage(decay=0.0, refresh=1),
+        trust_region=KLTrustRegion(guide=math.inf),
     )
     loss = ExactELBO(lambda q: case.expected(q, case.data))
     svi = NaturalSVI(case.model, guide or case.guide, optim, loss)

@@ -25,7 +25,7 @@ from pyronat.dreams import Dream, draw, posterior_marginals
 from pyronat.errors import UnsupportedDistribution
 from pyronat.families import groups, score
 from pyronat.importance import DatumPlates
-from pyronat.observation import observe
+from pyronat.observation import observe_units
 from pyronat.plans import Plan, make_plan
 from pyronat.programs import know
 from pyronat.records import Run, SiteRecord
@@ -408,7 +408,7 @@ def observed(program: Program) -> Observed:
     return Observed(
         run=run,
         plan=plan,
-        factors=observe(run.records, plan, run.params),
+        factors=observe_units(run.records, plan, run.params),
         columns=BlockColumns(plan.blocks),
         plates=DatumPlates(tuple(replace(plate, scale=1.0) for plate in plates)),
         sizes=tuple(shape[plate.dim] for plate in plates),
@@ -673,7 +673,7 @@ def posterior_scores(model: Callable[..., Any], args: tuple[Any, ...]) -> tuple[
     found = night(model, *args)
     plan = make_plan(know(model, args, {}))
     marginals = posterior_marginals(model, args, {}, found)
-    factors = observe(marginals.run.records, plan, marginals.run.params)
+    factors = observe_units(marginals.run.records, plan, marginals.run.params)
     columns = BlockColumns(plan.blocks)
     plate = found.run.records[0].plates[0]
     size = found.run.records[0].distribution.batch_shape[plate.dim]

@@ -91,6 +91,7 @@ class ParamBlock:
         units: which entries make up a unit.
         plates: names of the plates common to all sites.
         layers: layers of a network in a joint block, where they have been recognized.
+        network: whether there is a weight among them, or among those that the block is a part of.
     """
 
     params: tuple[str, ...]
@@ -105,6 +106,7 @@ class ParamBlock:
     units: Units = field(repr=False)
     plates: tuple[str, ...] = ()
     layers: tuple[LayerAxes, ...] = ()
+    network: bool = False
 
     @property
     def name(self) -> str:
@@ -116,13 +118,6 @@ class ParamBlock:
     def num_entries(self) -> int:
         """Number of entries in all units."""
         return self.count * self.size
-
-    @property
-    def is_network(self) -> bool:
-        """Whether the block holds a weight whose effect is not linear."""
-        weights = (name for layer in self.layers for name in layer.params)
-        shape_of = dict(zip(self.params, self.shapes, strict=True))
-        return any(sum(size > 1 for size in shape_of[name]) > 1 for name in weights)
 
     @property
     def explicit(self) -> bool:

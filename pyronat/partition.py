@@ -241,6 +241,11 @@ def _block(
         units=units,
         plates=tuple(p for p in plates if all(p in factor.plates for factor in members)),
         layers=layers,
+        network=any(
+            sum(size > 1 for size in components[name].shape) > 1
+            for layer in layers
+            for name in layer.params
+        ),
     )
 
 

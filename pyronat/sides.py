@@ -139,7 +139,7 @@ class Side:
     def _is_certain(self, name: str) -> bool:
         """Whether one estimate says all: of a guide's global variables, which no data vary."""
         block = self.plan.blocks[name]
-        return self.role == "guide" and block.exact and not block.plates and not block.is_network
+        return self.role == "guide" and block.exact and not block.plates and not block.network
 
     def _can_surprise(self, name: str) -> bool:
         """Whether a block is fitted to values that it may hold for impossible.
@@ -148,7 +148,7 @@ class Side:
         """
         families = {site.name: site.family for site in self.net.sites}
         own = all(is_reparametrized(families[site]) for site in self.plan.blocks[name].sites)
-        return self.role == "model" or not own or self.plan.blocks[name].is_network
+        return self.role == "model" or not own or self.plan.blocks[name].network
 
     def factored(self, damping: Damping, lr: float) -> Side:
         """This side with its blocks damped at a learning rate and factored."""
@@ -263,7 +263,7 @@ class Side:
         return factors
 
     def _kind(self, name: str) -> Kind | None:
-        if self.plan.blocks[name].is_network:
+        if self.plan.blocks[name].network:
             return "network"
         return "guide" if self.role == "guide" else None
 

@@ -8,7 +8,6 @@ F(η)(η − η*) (Hoffman et al. 2013, Sec. 2). A step −F(η)⁻¹∇ thus en
 from __future__ import annotations
 
 import math
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -424,7 +423,6 @@ def one_step(
         lr=1.0,
         guide_geometry=Full("posterior"),
         damping=ConstantDamping(0.0),
-        trust_region=KLTrustRegion(math.inf, math.inf, math.inf),
         curvature=RunningAverage(decay=0.0, refresh=1),
         trust_region=KLTrustRegion(guide=math.inf),
     )

@@ -38,7 +38,7 @@ class Curvature:
             the unit; 0 where none did.
         reach: 2 √w_ref E‖a‖₁ `[count]`: how far a unit change of all entries moves a coordinate,
             in units of a logit for the Bernoulli family.
-        mass: what all data count for, `[]`: their number times the scale of the loss.
+        mass: what all data of all sites count for, `[]`: their number times the loss's scale.
     """
 
     operator: BlockOperator | None
@@ -263,13 +263,25 @@ def gram(weights: Tensor, inputs: Tensor) -> Tensor:
 def total_curvature(
     contributions: Iterable[tuple[Factor, Tensor]], with_matrix: bool = True
 ) -> dict[str, Curvature]:
-    """Sums weighted factors by block."""
+    """Sums weighted factors by block; the data of a site count once, however many groups it has."""
     total: dict[str, Curvature] = {}
+    masses: dict[str, dict[str, dict[str, Tensor]]] = {}
     for factor, weights in contributions:
         curvature = factor.curvature(weights, with_matrix)
         before = total.get(factor.block)
         total[factor.block] = curvature if before is None else before + curvature
-    return total
+        by_group = masses.setdefault(factor.block, {}).setdefault(factor.record.name, {})
+        group = factor.group.name
+        by_group[group] = by_group.get(group, torch.zeros_like(curvature.mass)) + curvature.mass
+    return {
+        name: replace(curvature, mass=_largest_of_each(masses[name]))
+        for name, curvature in total.items()
+    }
+
+
+def _largest_of_each(masses: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    """Σ over sites of the largest mass of a group."""
+    return torch.stack([torch.stack(list(m.values())).max() for m in masses.values()]).sum()
 
 
 def mix(

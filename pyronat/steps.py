@@ -268,7 +268,7 @@ class KLTrustRegion:
     """
 
     radius: float = math.inf
-    network: float = 0.01
+    network: float = 0.003
     guide: float = 1.0
 
     def factor(self, divergence: Tensor) -> Tensor:

@@ -215,21 +215,19 @@ class UnitFactor(Factor):
         jacobian = self.jacobian.unflatten(0, (len(fisher), size)).movedim(2, 0)
         flat = spread.reshape(-1)
         tiny = torch.finfo(flat.dtype).tiny
+        weighted = (flat[:, None, None] * fisher) @ jacobian
         if self.bound is None:
-            reference = fisher
+            largest, roots = weighted, fisher.diagonal(dim1=1, dim2=2).sqrt()
         else:
-            reference = bounds.reshape(-1)[:, None, None] * torch.eye(
-                size, dtype=flat.dtype, device=flat.device
-            )
-        leverage = (flat[:, None, None] * (reference @ jacobian) * jacobian).sum((1, 2, 3))
-        norms = reference.diagonal(dim1=1, dim2=2).sqrt() * jacobian.abs().sum(-1)
+            bounds = bounds.reshape(-1)
+            largest, roots = (flat * bounds)[:, None, None] * jacobian, bounds.sqrt().unsqueeze(1)
+        leverage = (largest * jacobian).sum((1, 2, 3))
+        norms = roots * jacobian.abs().sum(-1)
         operator: BlockOperator | None = None
-        if with_matrix:
-            weighted = (flat[:, None, None] * fisher) @ jacobian
-            if self.diagonal:
-                operator = Diagonal((jacobian * weighted).sum((1, 2)))
-            else:
-                operator = BlockMatrix(jacobian.flatten(1, 2).mT @ weighted.flatten(1, 2))
+        if with_matrix and self.diagonal:
+            operator = Diagonal((jacobian * weighted).sum((1, 2)))
+        elif with_matrix:
+            operator = BlockMatrix(jacobian.flatten(1, 2).mT @ weighted.flatten(1, 2))
         # A unit that only some data reach, as the row of a table, is judged by those.
         touched = (norms.amax(-1) > 0) * flat
         elements = prod(spread.shape[spread.dim() - joined_dims(self.record.distribution) :])

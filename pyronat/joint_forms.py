@@ -90,6 +90,14 @@ def _factor_fisher(factor: Tensor) -> Tensor:
     return found * lower[:, None] * lower
 
 
+def _distinct(matrices: Tensor) -> Tensor:
+    """One of the copies along each batch dimension that matrices are expanded over."""
+    for dim in range(matrices.dim() - 2):
+        if matrices.stride(dim) == 0 and matrices.shape[dim] > 1:
+            matrices = matrices.narrow(dim, 0, 1)
+    return matrices
+
+
 def _factor_of(d: Any) -> Tensor:
     factor: Tensor = d._unbroadcasted_scale_tril
     return factor.expand(*d.batch_shape, *factor.shape[-2:])
@@ -98,10 +106,14 @@ def _factor_of(d: Any) -> Tensor:
 def multivariate_normal(d: Any) -> tuple[Group, ...]:
     """Loc with F = P, and the Cholesky factor L of the covariance P⁻¹."""
     factor = _factor_of(d)
+    batch, size = factor.shape[:-2], factor.shape[-1]
 
     def precision() -> Tensor:
-        inverse = _inverse(factor)
-        return inverse.mT @ inverse
+        inverse = _inverse(_distinct(factor))
+        return (inverse.mT @ inverse).expand(*batch, size, size)
+
+    def fisher() -> Tensor:
+        return _factor_fisher(_distinct(factor)).expand(*batch, size**2, size**2)
 
     def closed_score(x: Tensor) -> Scores:
         inverse = _inverse(factor)
@@ -110,9 +122,7 @@ def multivariate_normal(d: Any) -> tuple[Group, ...]:
 
     return (
         Group("loc", (d.loc,), precision, 1),
-        Group(
-            "scale_tril", (factor,), lambda: _factor_fisher(factor), 2, closed_score=closed_score
-        ),
+        Group("scale_tril", (factor,), fisher, 2, closed_score=closed_score),
     )
 
 

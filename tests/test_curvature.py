@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyronat
-from pyronat import curvature
+from pyronat import curvature as curvatures
 from pyronat import plans as module
 from pyronat import testing
 from pyronat.blocks import UnitAxes
@@ -303,9 +303,9 @@ def test_gram_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, inputs = torch.rand(7, 2), torch.randn(7, 3)
     expected = torch.einsum("nu,ni,nj->uij", weights, inputs, inputs)
     torch.testing.assert_close(gram(weights, inputs), expected)
-    monkeypatch.setattr(curvature, "_CHUNK_ELEMENTS", 18)
+    monkeypatch.setattr(curvatures, "_CHUNK_ELEMENTS", 18)
     torch.testing.assert_close(gram(weights, inputs), expected)
-    monkeypatch.setattr(curvature, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(curvatures, "_CHUNK_ELEMENTS", 1)
     torch.testing.assert_close(gram(weights, inputs), expected)
     assert gram(weights[:0], inputs[:0]).abs().max() == 0
 

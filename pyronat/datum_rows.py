@@ -311,6 +311,24 @@ def layer_rows(
     return result
 
 
+def same_rows(
+    known: Sequence[LayerRows], cotangents: Cotangents, gate: SampleGate
+) -> list[LayerRows]:
+    """Other rows of layers whose order has been found out.
+
+    Args:
+        known: rows of the same layers in the same graph.
+        cotangents: which rows.
+        gate: the sample values.
+
+    Returns:
+        For each layer its rows.
+    """
+    layers = [rows.layer for rows in known]
+    found = flow_back(layers, cotangents.outputs, cotangents.split(cotangents.values), gate)
+    return [replace(rows, flowing=flowing) for rows, flowing in zip(known, found, strict=True)]
+
+
 def _agrees(combined: Tensor, gradient: Tensor, rows: LayerRows) -> bool:
     """Whether a combination of rows is a gradient, up to rounding.
 

@@ -24,6 +24,7 @@ from pyronat.datum_rows import (
     layer_rows,
     mixed_columns,
     remaining_rows,
+    same_rows,
     with_signs,
 )
 from pyronat.elements import ElementFactor, slopes_of, unit_jacobian
@@ -399,7 +400,7 @@ def _layer_factors(seen: _Seen, blocks: Sequence[ParamBlock]) -> Iterator[Factor
         )
     reference: dict[str, LayerRows] = {}
     if bounded is not None:
-        largest = layer_rows([layers[name] for name in rows], bounded, seen.gate)
+        largest = same_rows(list(rows.values()), bounded, seen.gate)
         reference = dict(zip(rows, largest, strict=True))
     for block in blocks:
         own = [name for name in block.params if name in rows]
@@ -438,8 +439,14 @@ def _rows_factors(seen: _Seen, block: ParamBlock) -> Iterator[Factor]:
         return
     count = data_of(seen.record, seen.group).count
     columns, bounded = _cotangents(seen, max(MAX_ROWS // count, 1), max(MAX_ROWS // count, 1))
-    pieces = _pieces(seen, block, columns)
-    reference = None if bounded is None else _pieces(seen, block, bounded)
+    layers = seen.layers(block.params)
+    found = layer_rows(list(layers.values()), columns, seen.gate)
+    rows = dict(zip(layers, found, strict=True))
+    pieces = _pieces(seen, block, columns, rows)
+    reference = None
+    if bounded is not None:
+        largest = dict(zip(layers, same_rows(found, bounded, seen.gate), strict=True))
+        reference = _pieces(seen, block, bounded, largest)
     assert block.structure in {"dual", "cg", "diagonal"}
     yield RowsFactor(
         block.name,
@@ -453,15 +460,14 @@ def _rows_factors(seen: _Seen, block: ParamBlock) -> Iterator[Factor]:
     )
 
 
-def _pieces(seen: _Seen, block: ParamBlock, columns: Cotangents) -> tuple[Piece, ...]:
-    """Rows along the entries of a block, in its order."""
+def _pieces(
+    seen: _Seen, block: ParamBlock, columns: Cotangents, rows: Mapping[str, LayerRows]
+) -> tuple[Piece, ...]:
+    """Rows along the entries of a block, in its order; of layers where their data are separate."""
     count, total = columns.data.count, len(columns.values) * columns.data.count
-    layers = seen.layers(block.params)
-    found = layer_rows(list(layers.values()), columns, seen.gate)
-    rows = {n: row for n, row in zip(layers, found, strict=True) if row.order is not None}
     pieces: list[Piece] = []
     for name, shape in zip(block.params, block.shapes, strict=True):
-        if name in rows:
+        if name in rows and rows[name].order is not None:
             pieces.append(piece_of(rows[name], count))
         elif name in seen.params:
             rest = remaining_rows(seen.params[name], columns, seen.gate)

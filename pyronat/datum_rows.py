@@ -277,7 +277,7 @@ class LayerRows:
 
 
 def layer_rows(
-    layers: Sequence[Layer], cotangents: Cotangents, gate: SampleGate
+    layers: Sequence[Layer], cotangents: Cotangents, gate: SampleGate, power: float = 0.5
 ) -> list[LayerRows]:
     """Rows of layers, checked against the gradient of a random combination of them.
 
@@ -285,6 +285,8 @@ def layer_rows(
         layers: the layers.
         cotangents: which rows.
         gate: the sample values.
+        power: of the precision of the type, up to which they have to agree; the rows are right to
+            that accuracy even if data are not quite separate.
 
     Returns:
         For each layer its rows, in the order in which they agree.
@@ -304,9 +306,10 @@ def layer_rows(
         orders: tuple[Order, ...] = ("together", "alternating")
         fits = all(len(tap.inputs) % count == 0 for tap in layer.taps)
         order = next(
-            (o for o in orders if fits and _agrees(rows.combined(factors, o), some, rows)), None
+            (o for o in orders if fits and _agrees(rows.combined(factors, o), some, rows, power)),
+            None,
         )
-        complete = order is not None or _agrees(rows.combined(like[:, :1]), plain, rows)
+        complete = order is not None or _agrees(rows.combined(like[:, :1]), plain, rows, power)
         result.append(LayerRows(layer, flowing, order, complete))
     return result
 
@@ -329,13 +332,14 @@ def same_rows(
     return [replace(rows, flowing=flowing) for rows, flowing in zip(known, found, strict=True)]
 
 
-def _agrees(combined: Tensor, gradient: Tensor, rows: LayerRows) -> bool:
+def _agrees(combined: Tensor, gradient: Tensor, rows: LayerRows, power: float) -> bool:
     """Whether a combination of rows is a gradient, up to rounding.
 
     Args:
         combined: the combination, with factors of up to 2.
         gradient: of the leaf.
         rows: what was combined.
+        power: see `layer_rows`.
 
     Returns:
         Whether they agree; where one of them is not finite, nobody can tell.
@@ -346,7 +350,7 @@ def _agrees(combined: Tensor, gradient: Tensor, rows: LayerRows) -> bool:
     ]
     eps = torch.finfo(gradient.dtype).eps
     rounding = 100 * eps * torch.stack(magnitudes).sum()
-    return not bool((combined - gradient).norm() > eps**0.5 * gradient.norm() + rounding)
+    return not bool((combined - gradient).norm() > eps**power * gradient.norm() + rounding)
 
 
 def remaining_rows(

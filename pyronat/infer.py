@@ -20,7 +20,8 @@ from pyronat.geometry import Visible
 from pyronat.graph import BayesNet
 from pyronat.guards import all_finite, explained, inside_domain
 from pyronat.loss_traces import check_loss, number_of, watch_traces
-from pyronat.optim import NaturalGradient, restore, state_of
+from pyronat.optim import NaturalGradient
+from pyronat.others import restore, state_of
 from pyronat.programs import (
     MAX_BRANCHES,
     KnownProgram,

@@ -46,6 +46,9 @@ MAX_COLUMNS = 16
 MIXTURES = 4
 """Random mixtures of a datum's coordinates that Kronecker factors take otherwise."""
 
+ROUNDING = 0.25
+"""Power of the precision of a type up to which estimates have to agree with gradients."""
+
 FEW_COORDINATES = 64
 """Coordinates of a run that are differentiated one by one."""
 
@@ -389,7 +392,8 @@ def _layer_factors(seen: _Seen, blocks: Sequence[ParamBlock]) -> Iterator[Factor
     present = [name for name in names if id(seen.params[name]) in reached]
     lost = [name for name in present if name not in layers]
     columns, bounded = _cotangents(seen, MAX_COLUMNS, MIXTURES)
-    found = layer_rows([layers[name] for name in present if name in layers], columns, seen.gate)
+    known = [layers[name] for name in present if name in layers]
+    found = layer_rows(known, columns, seen.gate, ROUNDING)
     rows = dict(zip((name for name in present if name in layers), found, strict=True))
     lost += [name for name, row in rows.items() if not row.complete]
     if lost:
@@ -440,7 +444,7 @@ def _rows_factors(seen: _Seen, block: ParamBlock) -> Iterator[Factor]:
     count = data_of(seen.record, seen.group).count
     columns, bounded = _cotangents(seen, max(MAX_ROWS // count, 1), max(MAX_ROWS // count, 1))
     layers = seen.layers(block.params)
-    found = layer_rows(list(layers.values()), columns, seen.gate)
+    found = layer_rows(list(layers.values()), columns, seen.gate, ROUNDING)
     rows = dict(zip(layers, found, strict=True))
     pieces = _pieces(seen, block, columns, rows)
     reference = None

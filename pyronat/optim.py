@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -23,6 +22,7 @@ from pyronat.errors import (
 from pyronat.families import is_reparametrized
 from pyronat.geometry import Euclidean, Full, Geometry, Visible
 from pyronat.graph import BayesNet
+from pyronat.others import restore, state_of
 from pyronat.plans import Plan, make_plan
 from pyronat.programs import KnownProgram
 from pyronat.proposals import Proposal, Unjudged, step_scalars
@@ -45,6 +45,9 @@ from pyronat.steps import (
 
 STATE_FORMAT = 4
 
+NETWORK_REFRESH = 20
+"""Steps between measurements of curvature where there are networks."""
+
 
 class NaturalGradient(pyro.optim.PyroOptim):
     """Natural gradient on the blocks of a Bayesian network, for `pyronat.NaturalSVI`.
@@ -62,8 +65,9 @@ class NaturalGradient(pyro.optim.PyroOptim):
             discrete guide is too noisy for a natural step.
         damping: rule for λ, or `steps.LevenbergMarquardt()` for exact losses on whole data sets.
         trust_region: bound on the divergence of a step.
-        curvature: how curvature is averaged over steps and how often it is measured; by default
-            at every step and without the past where `steps.LevenbergMarquardt` adapts a number.
+        curvature: how curvature is averaged over steps and how often it is measured. By default
+            every 5 steps, every 20 where there are networks, and at every step and without the
+            past where `steps.LevenbergMarquardt` adapts a number.
         others: a Pyro optimizer for all parameters without a metric. By default those of a
             Euclidean side take steps of `steps.ReachScaledAdam`; those without a Fisher
             information, or in a dense block too large to measure, of Adam with rate 1e-3.
@@ -96,6 +100,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             raise ValueError("a guide hides nothing: guide_geometry is Full(...) or Euclidean()")
         self.rule = self._rule()
         whole = RunningAverage() if self.rule is None else RunningAverage(0.0, 1)
+        self._curvature = curvature
         self.curvature = curvature or whole
         self.others = others
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
@@ -170,9 +175,16 @@ class NaturalGradient(pyro.optim.PyroOptim):
             UnassignedParameter: if model and guide share a parameter.
         """
         self.sides = self._sides(programs)
+        self._settle()
         if self._pending is not None:
             self._restore(self._pending)
             self._pending = None
+
+    def _settle(self) -> None:
+        """Networks are measured less often, unless the user has said how often."""
+        blocks = [b for s in self.sides.values() if s.natural for b in s.plan.blocks.values()]
+        if self._curvature is None and self.rule is None and any(b.network for b in blocks):
+            self.curvature = RunningAverage(refresh=NETWORK_REFRESH)
 
     def replan(self, programs: Mapping[Role, KnownProgram]) -> None:
         """Plans the curvature of programs that are known better than before.
@@ -192,6 +204,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             else side
             for role, side in sides.items()
         }
+        self._settle()
 
     def _sides(self, programs: Mapping[Role, KnownProgram]) -> dict[Role, Side]:
         model, guide = programs["model"].net, programs["guide"].net
@@ -471,19 +484,6 @@ class NaturalGradient(pyro.optim.PyroOptim):
 def _reaching(net: BayesNet) -> set[str]:
     """Parameters that reach a random site; `pyro.module` may register others along with them."""
     return {name for block in net.blocks for name in block.params}
-
-
-def state_of(optimizer: pyro.optim.PyroOptim) -> dict[str, Any]:
-    """A copy of a Pyro optimizer's state, with what it was given but has not used yet."""
-    waiting = optimizer._state_waiting_to_be_consumed
-    return copy.deepcopy({**waiting, **optimizer.get_state()})
-
-
-def restore(optimizer: pyro.optim.PyroOptim, state: Mapping[str, Any]) -> None:
-    """Makes a state of `state_of` the only one that a Pyro optimizer knows."""
-    optimizer.optim_objs.clear()
-    optimizer._state_waiting_to_be_consumed.clear()
-    optimizer.set_state(copy.deepcopy(dict(state)))
 
 
 def _refuse(*args: Any, **kwargs: Any) -> NoReturn:

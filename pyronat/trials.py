@@ -12,7 +12,8 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyronat.errors import PyronatError
-from pyronat.optim import NaturalGradient, restore, state_of
+from pyronat.optim import NaturalGradient
+from pyronat.others import restore, state_of
 from pyronat.proposals import Proposal, Unjudged
 from pyronat.refresh import Call
 from pyronat.steps import Caution

@@ -67,7 +67,7 @@ def check_variational(output: Path, printed: str) -> None:
     runs = json.loads((output / "results.json").read_text())
     assert (output / "table.md").read_text() in printed + "\n"
     programs = {run["program"] for run in runs}
-    assert len(programs) == 6 and len(runs) == 6 * (2 + 3)
+    assert len(programs) == 6 and len(runs) == 6 * (2 + 2)
     for run in runs:
         assert (run["error"] is None) == math.isfinite(run["validation"])
         assert len(run["steps"]) == len(run["seconds"]) == len(run["values"])

@@ -691,3 +691,24 @@ def test_networks_move_within_their_trust_region() -> None:
         svi.step(x, y)
         assert svi.info is not None
         assert svi.info.kl == pytest.approx(50 * bound)
+
+
+def test_networks_are_measured_less_often() -> None:
+    def units(x: Tensor, y: Tensor) -> None:
+        weight = pyro.param("weight", torch.zeros(2, 4))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=F.linear(x, weight)).to_event(1), obs=y)
+
+    net = perceptron()
+
+    def network(x: Tensor, y: Tensor) -> None:
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=net(x)).to_event(1), obs=y)
+
+    x, y = torch.randn(5, 4), torch.ones(5, 2)
+    asked = pyronat.steps.RunningAverage(0.5, 3)
+    for model, given, refresh in [(units, None, 5), (network, None, 20), (network, asked, 3)]:
+        optim = NaturalGradient(curvature=given)
+        NaturalSVI(model, lambda x, y: None, optim).step(x, y)
+        assert optim.curvature.refresh == refresh

@@ -37,6 +37,15 @@ Units: TypeAlias = UnitAxes | UnitEntries
 Structure: TypeAlias = Literal["unit", "dense", "kronecker", "kfac", "dual", "cg", "diagonal"]
 """How the Fisher information of a block is held, see `ParamBlock.structure`."""
 
+SCORE = "score"
+"""Name of a group whose coordinates are log densities at simulated values."""
+
+SUPPORT = "support"
+"""Name of a group whose coordinates are log probabilities of all values."""
+
+UNKNOWN_FAMILY = "unknown"
+"""Name of the one group of a distribution whose Fisher information cannot even be simulated."""
+
 CHOICES = frozenset({"dense", "kronecker", "kfac", "dual", "cg", "diagonal"})
 """Structures that a user may ask for."""
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyronat.autograd import leaves
+from pyronat.blocks import UNKNOWN_FAMILY
 from pyronat.dataflow import Dataflow
 from pyronat.entries import EntryGroups
 from pyronat.errors import StructureChanged, UnsupportedDistribution, UnsupportedProgram
 from pyronat.families import Group
 from pyronat.fingerprint import fingerprint
 from pyronat.lattices import LabelSets, Origins
-from pyronat.partition import UNKNOWN_FAMILY
 from pyronat.records import Run, SiteRecord, distribution_tensors
 from pyronat.simulated import fisher_groups, has_values, is_simulated
 from pyronat.tracing import (

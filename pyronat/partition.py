@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pyronat.blocks import (
     MAX_DENSE_SIZE,
+    SCORE,
+    UNKNOWN_FAMILY,
     LayerAxes,
     ParamBlock,
     Structure,
@@ -26,10 +28,6 @@ from pyronat.entries import connected_components
 from pyronat.errors import StructureChanged, UnsupportedDistribution
 from pyronat.graph import BayesNet, Edge, Site
 from pyronat.operators import AxesLayout, EntriesLayout, Layout
-from pyronat.simulated import SCORE
-
-UNKNOWN_FAMILY = "unknown"
-"""Name of the one group of a distribution whose Fisher information cannot even be simulated."""
 
 IRREGULAR = "has no Fisher information"
 """Why a parameter is in no block, where its site's distribution is to blame."""

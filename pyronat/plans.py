@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 
-from pyronat.blocks import FACTORED, MAX_DENSE_SIZE, ParamBlock, Structure, UnitAxes
+from pyronat.blocks import (
+    FACTORED,
+    MAX_DENSE_SIZE,
+    SCORE,
+    UNKNOWN_FAMILY,
+    ParamBlock,
+    Structure,
+    UnitAxes,
+)
 from pyronat.errors import (
     BlockTooLarge,
     PyronatError,
@@ -16,7 +24,7 @@ from pyronat.errors import (
 )
 from pyronat.graph import BayesNet
 from pyronat.operators import Layout
-from pyronat.partition import UNKNOWN_FAMILY, layout_of
+from pyronat.partition import layout_of
 from pyronat.programs import KnownProgram
 
 MAX_FORMED_SIZE = 4096
@@ -134,7 +142,7 @@ def _chosen(block: ParamBlock, structures: Mapping[str, Structure]) -> ParamBloc
             f"own; {structure!r} is for joint blocks of a network"
         )
     exact = structure == "dense" and UNKNOWN_FAMILY not in {group for _, group in block.factors}
-    simulated = any(group == "score" for _, group in block.factors)
+    simulated = any(group == SCORE for _, group in block.factors)
     return replace(block, structure=structure, exact=exact and not simulated)
 
 

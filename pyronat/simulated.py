@@ -16,14 +16,9 @@ import torch
 from torch import Tensor
 from torch import distributions as dist
 
+from pyronat.blocks import SCORE, SUPPORT
 from pyronat.errors import NoFisher, UnsupportedDistribution
 from pyronat.families import Group, groups, peel
-
-SCORE = "score"
-"""Name of the group whose coordinates are log densities at simulated values."""
-
-SUPPORT = "support"
-"""Name of the group whose coordinates are log probabilities of all values."""
 
 MAX_SUPPORT = 64
 """Largest number of values that are summed over."""

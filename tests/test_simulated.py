@@ -16,9 +16,10 @@ from torch.distributions import constraints
 
 import pyronat
 from pyronat import Full, NaturalGradient, NaturalSVI, testing
+from pyronat.blocks import SCORE, SUPPORT
 from pyronat.errors import NoFisher, UnsupportedDistribution
 from pyronat.families import groups
-from pyronat.simulated import MAX_DRAWS, SCORE, SUPPORT, fisher_groups
+from pyronat.simulated import MAX_DRAWS, fisher_groups
 
 Make = Callable[..., Any]
 

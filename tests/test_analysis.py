@@ -393,12 +393,12 @@ def test_family_without_closed_form_gives_an_inexact_block() -> None:
         ("z", "score"),
         ("x", "scale"),
     }
-    dense, slices = pyronat.fisher(model, geometry=pyronat.Full("model"), num_samples=400).dense()
+    dense, slices = pyronat.fisher(model, geometry=pyronat.Full("model"), num_samples=150).dense()
     assert [name for name, _ in slices] == ["p", "q", "s"]
-    # 25,600 values: the standard error of each entry is below 2 %.
+    # 9,600 values: the standard errors are about 1.5 % and 4 %.
     torch.testing.assert_close(dense[0, 0], torch.tensor(-0.2).exp(), rtol=0.08, atol=0)
-    torch.testing.assert_close(dense[1, 1], torch.tensor(2.0), rtol=0.08, atol=0)
-    assert abs(dense[0, 1]) < 0.1
+    torch.testing.assert_close(dense[1, 1], torch.tensor(2.0), rtol=0.16, atol=0)
+    assert abs(dense[0, 1]) < 0.15
 
 
 def test_family_without_parameters_is_no_block() -> None:

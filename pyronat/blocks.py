@@ -43,6 +43,9 @@ SCORE = "score"
 SUPPORT = "support"
 """Name of a group whose coordinates are log probabilities of all values."""
 
+BY_VALUE = frozenset({SCORE, SUPPORT})
+"""Groups whose coordinates are log densities of particular values."""
+
 UNKNOWN_FAMILY = "unknown"
 """Name of the one group of a distribution whose Fisher information cannot even be simulated."""
 

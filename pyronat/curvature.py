@@ -21,7 +21,7 @@ from pyronat.factored import operator_from
 from pyronat.families import Group
 from pyronat.operators import BlockMatrix, BlockOperator, Diagonal, lerp
 from pyronat.records import SiteRecord
-from pyronat.weights import joined_dims, spread_weights
+from pyronat.weights import joined_dims, spread_weights, without_copies
 
 _CHUNK_ELEMENTS = 2**22
 """Elements of the temporary that a Gram matrix is summed from."""
@@ -32,7 +32,8 @@ class Curvature:
     """Local second-order information of one block, in the units of the loss (nats).
 
     Attributes:
-        operator: Fisher information Σ w Jᵀ F J, or None where not measured.
+        operator: Fisher information Σ w Jᵀ F J, or the approximation of it that the block is held
+            in, or None where not measured.
         leverage: w_ref E‖a‖² × scale `[count]`: how far one datum can move its own coordinate,
             squared, with w_ref the largest Fisher weight of the family, over the data that reach
             the unit; 0 where none did.
@@ -207,8 +208,7 @@ class UnitFactor(Factor):
         wide = self.fisher.expand(*spread.shape, size, size)
         bounds = torch.as_tensor(0.0 if self.bound is None else self.bound, dtype=spread.dtype)
         bounds = bounds.expand(spread.shape)
-        for dim in self.repeated:
-            wide, bounds = wide.narrow(dim, 0, 1), bounds.narrow(dim, 0, 1)
+        wide, bounds = (without_copies(part, self.repeated) for part in (wide, bounds))
         if self.repeated:
             spread = spread.sum(self.repeated, keepdim=True)
         fisher = wide.reshape(-1, size, size)

@@ -21,7 +21,7 @@ from pyronat.autograd import SampleGate, vector_jacobian_products
 from pyronat.families import Group
 from pyronat.layers import Layer, flow_back
 from pyronat.records import SiteRecord
-from pyronat.weights import joined_dims, spread_weights
+from pyronat.weights import joined_dims, spread_weights, without_copies
 from pyronat.wrappers import wrappers
 
 
@@ -54,10 +54,7 @@ class Data:
 
     def own(self, tensor: Tensor) -> Tensor:
         """A tensor `[*base_batch, *rest]` without copies."""
-        for dim in self.repeated:
-            if tensor.shape[dim] > 1:
-                tensor = tensor.narrow(dim, 0, 1)
-        return tensor
+        return without_copies(tensor, self.repeated)
 
     def total(self, tensor: Tensor) -> Tensor:
         """A tensor `[*base_batch, *rest]` summed over copies."""

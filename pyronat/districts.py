@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from pyronat.blocks import SCORE, SUPPORT, ParamBlock
+from pyronat.blocks import BY_VALUE, ParamBlock
 from pyronat.errors import BlockTooLarge, UnsupportedDistribution
 from pyronat.graph import BayesNet, District
 
@@ -99,7 +99,7 @@ def _check(block: ParamBlock) -> None:
             f"needs it dense; choose Full() for this model, or Full(structure={{...: 'dense'}}) as "
             "Visible(full=...) where it is small enough"
         )
-    if any(group in {SCORE, SUPPORT} for _, group in block.factors):
+    if any(group in BY_VALUE for _, group in block.factors):
         raise UnsupportedDistribution(
             f"site {', '.join(block.sites)} of the block of {block.name} has no closed-form Fisher "
             "information, which the visible geometry needs; choose Full() for this model"

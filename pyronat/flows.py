@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyronat.autograd import leaves
-from pyronat.blocks import UNKNOWN_FAMILY
+from pyronat.blocks import BY_VALUE, SCORE, UNKNOWN_FAMILY
 from pyronat.dataflow import Dataflow
 from pyronat.entries import EntryGroups
 from pyronat.errors import StructureChanged, UnsupportedDistribution, UnsupportedProgram
@@ -25,7 +25,7 @@ from pyronat.families import Group
 from pyronat.fingerprint import fingerprint
 from pyronat.lattices import LabelSets, Origins
 from pyronat.records import Run, SiteRecord, distribution_tensors
-from pyronat.simulated import fisher_groups, has_values, is_simulated
+from pyronat.simulated import fisher_groups
 from pyronat.tracing import (
     Program,
     quietly,
@@ -376,8 +376,8 @@ def _follow_entries(call: _Call, sites: Mapping[str, SiteFlow]) -> tuple[dict[st
                     name=group.name,
                     coordinates=group.coordinates,
                     params=behind(group.coordinates),
-                    exact=not is_simulated(group.name),
-                    scalar=group.scalar and not has_values(group.name),
+                    exact=group.name != SCORE,
+                    scalar=group.scalar and group.name not in BY_VALUE,
                     roots=_roots(group, flow, lattice),
                 )
                 for group in found

@@ -29,8 +29,8 @@ from pyronat.autograd import (
     shape_of,
     vector_jacobian_products,
     walk,
+    weight_leaf,
 )
-from pyronat.autograd import weight_leaf as behind_transpositions
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _of_mm(node: Any) -> _Found:
 
 
 def _weight(node: Any, matrix: Edge, inputs: Tensor | None) -> _Found:
-    weight = behind_transpositions(matrix)
+    weight = weight_leaf(matrix)
     if weight is not None and inputs is not None:
         leaf, columns = weight
         yield leaf, 1 if columns else 0, Tap((node, 0), inputs.detach(), 1)

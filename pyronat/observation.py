@@ -36,6 +36,7 @@ from pyronat.network_factors import LayerFactor, RowsFactor, piece_of
 from pyronat.plans import Plan
 from pyronat.records import SiteRecord
 from pyronat.simulated import fisher_groups
+from pyronat.weights import without_copies
 
 MAX_ROWS = 1024
 """Rows of a joint block that are taken from one run; its average keeps as many."""
@@ -273,15 +274,14 @@ def _jacobian(seen: _Seen, names: Sequence[str], repeated: Sequence[int] = ()) -
     found = _factored_jacobian(seen, names, repeated)
     if found is not None:
         return found
-    wide = list(torch.broadcast_tensors(*group.coordinates))
-    for dim in repeated:
-        wide = [part.narrow(dim, 0, 1) for part in wide]
+    parts = torch.broadcast_tensors(*group.coordinates)
+    wide = [without_copies(part, repeated) for part in parts]
     size = group.size // len(group.coordinates)
-    parts = [
+    rows = [
         jacobian(coordinate, params, seen.gate).reshape(-1, size, sum(map(Tensor.numel, params)))
         for coordinate in wide
     ]
-    return torch.cat(parts, 1).flatten(0, 1)
+    return torch.cat(rows, 1).flatten(0, 1)
 
 
 def _factored_jacobian(seen: _Seen, names: Sequence[str], repeated: Sequence[int]) -> Tensor | None:

@@ -20,6 +20,7 @@ from pyronat.errors import UnsupportedDistribution
 from pyronat.families import peel, score
 from pyronat.importance import DatumPlates
 from pyronat.records import SiteRecord
+from pyronat.weights import joined_dims
 from pyronat.wrappers import base_value, wrappers
 
 
@@ -119,7 +120,7 @@ def _element_scores(factor: UnitFactor, weights: Tensor, slots: Slots) -> tuple[
     """
     record = factor.record
     base: Any = peel(record.distribution)
-    weights, joined = _to_base(weights, record.distribution)
+    weights, joined = _to_base(weights, record.distribution), joined_dims(record.distribution)
     event = len(base.event_shape)
     value = base_value(record.distribution, record.value)
     shape = torch.broadcast_shapes(
@@ -142,18 +143,17 @@ def _element_scores(factor: UnitFactor, weights: Tensor, slots: Slots) -> tuple[
     return found.reshape(-1, found.shape[-1]), rows.reshape(-1)
 
 
-def _to_base(weights: Tensor, distribution: Distribution) -> tuple[Tensor, int]:
-    """Weights of a distribution's elements as those of its base, and how many dimensions it joins.
+def _to_base(weights: Tensor, distribution: Distribution) -> Tensor:
+    """Weights of a distribution's elements as those of its base.
 
-    Unlike `curvature.spread_weights` this keeps dimensions along which a value is enumerated.
+    Unlike `weights.spread_weights` this keeps dimensions along which a value is enumerated.
     """
-    joined = 0
     for wrapper in wrappers(distribution):
         dims = getattr(wrapper, "reinterpreted_batch_ndims", 0)
-        weights, joined = weights.reshape(*weights.shape, *[1] * dims), joined + dims
+        weights = weights.reshape(*weights.shape, *[1] * dims)
         if hasattr(wrapper, "_mask"):
             weights = weights * torch.as_tensor(wrapper._mask, device=weights.device)
-    return weights, joined
+    return weights
 
 
 def _add(total: Tensor, factor: UnitFactor, scores: Tensor, rows: Tensor) -> None:

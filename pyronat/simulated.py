@@ -61,16 +61,6 @@ def fisher_groups(
         )
 
 
-def is_simulated(group: str) -> bool:
-    """Whether a group of coordinates, by name, is Monte Carlo."""
-    return group == SCORE
-
-
-def has_values(group: str) -> bool:
-    """Whether the coordinates of a group, by name, are log densities of particular values."""
-    return group in {SCORE, SUPPORT}
-
-
 def _support(distribution: dist.Distribution) -> Tensor | None:
     """All values of a small support, the same everywhere `[values, *1s, *event]`, or None."""
     if not distribution.has_enumerate_support:

@@ -293,6 +293,9 @@ def fisher(
     Fisher information of the visible units. G is then the model's, not pooled with the posterior,
     unless the geometry says so.
 
+    Large blocks of networks are held in approximations, as `Fisher.net.blocks` says; see
+    `Full(structure=...)`.
+
     Args:
         model: a Pyro model, or a guide to be studied by itself.
         *args: its arguments.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -39,3 +41,10 @@ def joined_dims(distribution: Distribution) -> int:
     return sum(
         getattr(wrapper, "reinterpreted_batch_ndims", 0) for wrapper in wrappers(distribution)
     )
+
+
+def without_copies(tensor: Tensor, repeated: Iterable[int]) -> Tensor:
+    """One of the copies along each of some leading dimensions."""
+    for dim in repeated:
+        tensor = tensor.narrow(dim, 0, 1)
+    return tensor

@@ -21,6 +21,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from models.values import as_default, normal, stored
+
 
 class Optimum(NamedTuple):
     """The best parameters for given data.
@@ -119,8 +121,8 @@ class FactorAnalysis:
         """
         generator = torch.Generator(device="cpu").manual_seed(seed)
         return {
-            "loadings": _moved(_normal(self.num_visible, self.num_factors, generator)),
-            "noise": _moved(self._noise(generator)),
+            "loadings": as_default(normal((self.num_visible, self.num_factors), generator)),
+            "noise": as_default(self._noise(generator)),
         }
 
     def make_data(self, seed: int, size: int) -> Tensor:
@@ -138,10 +140,10 @@ class FactorAnalysis:
         """
         generator = torch.Generator(device="cpu").manual_seed(seed)
         # The data come first, so that the truth is not the start of the same seed.
-        errors = _normal(size, self.num_visible, generator)
-        factors = _normal(size, self.num_factors, generator)
-        loadings = _normal(self.num_visible, self.num_factors, generator)
-        return _moved(factors @ loadings.T + errors * self._noise(generator).sqrt())
+        errors = normal((size, self.num_visible), generator)
+        factors = normal((size, self.num_factors), generator)
+        loadings = normal((self.num_visible, self.num_factors), generator)
+        return as_default(factors @ loadings.T + errors * self._noise(generator).sqrt())
 
     def model(self, x: Tensor) -> None:
         """The program with its factors.
@@ -184,7 +186,7 @@ class FactorAnalysis:
             x: Data, shape [batch, visible].
         """
         with torch.no_grad():
-            weights, covariance = self._posterior(_present(self.initial))
+            weights, covariance = self._posterior(stored(self.initial))
             mean = x @ weights.T
             scale = torch.linalg.cholesky(covariance)
         with pyro.plate("data", x.shape[0], dim=-1):
@@ -278,23 +280,6 @@ class FactorAnalysis:
         )
         covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
         return _Posterior(covariance @ scaled, covariance)
-
-
-def _normal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers in double precision, the same with every default dtype and device."""
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu")
-
-
-def _moved(value: Tensor) -> Tensor:
-    return value.to(dtype=torch.get_default_dtype(), device=torch.get_default_device())
-
-
-def _present(initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values in Pyro's parameter store, without making parameters there."""
-    store = pyro.get_param_store()
-    return {
-        name: store[name].detach() if name in store else value for name, value in initial.items()
-    }
 
 
 _analysis = FactorAnalysis()

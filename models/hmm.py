@@ -19,6 +19,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from models.values import as_default, normal, stored
+
 _STAY = 0.75
 _TYPICAL = 0.6
 _SPREAD = 0.1
@@ -108,7 +110,7 @@ class DiscreteHMM:
             "emission": (self.num_states, self.num_symbols),
         }
         return {
-            name: _moved(_normal(shape, generator).softmax(-1)) for name, shape in shapes.items()
+            name: as_default(normal(shape, generator).softmax(-1)) for name, shape in shapes.items()
         }
 
     def make_data(self, seed: int, size: int) -> Tensor:
@@ -167,7 +169,7 @@ class DiscreteHMM:
         Args:
             x: Symbols, torch.long, shape [batch, length].
         """
-        first, rest = self._posterior(_present(self.initial), x)
+        first, rest = self._posterior(stored(self.initial), x)
         index = torch.arange(x.shape[0], device=x.device)
         with pyro.plate("data", x.shape[0], dim=-1):
             state = pyro.sample("z0", dist.Categorical(first))
@@ -247,7 +249,7 @@ class DiscreteHMM:
     def _truth(self, columns: int, large: float, generator: torch.Generator) -> Tensor:
         """Random rows with one large entry each, which lie close to a regular pattern."""
         rows = torch.arange(self.num_states, device="cpu")
-        logits = _SPREAD * _normal((self.num_states, columns), generator)
+        logits = _SPREAD * normal((self.num_states, columns), generator)
         logits[rows, rows % columns] += math.log(large * (columns - 1) / (1 - large))
         return logits.softmax(-1)
 
@@ -290,11 +292,6 @@ class DiscreteHMM:
         return _normalized(params["initial"] * evidence[0] * future), tuple(reversed(tables))
 
 
-def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Standard normal numbers in double precision, the same with every default dtype and device."""
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-
-
 def _pick(probs: Tensor, generator: torch.Generator) -> Tensor:
     """Samples one column per row, shape [rows]."""
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
@@ -302,18 +299,6 @@ def _pick(probs: Tensor, generator: torch.Generator) -> Tensor:
 
 def _normalized(weights: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
-
-
-def _moved(value: Tensor) -> Tensor:
-    return value.to(dtype=torch.get_default_dtype(), device=torch.get_default_device())
-
-
-def _present(initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values in Pyro's parameter store, without making parameters there."""
-    store = pyro.get_param_store()
-    return {
-        name: store[name].detach() if name in store else value for name, value in initial.items()
-    }
 
 
 _hmm = DiscreteHMM()

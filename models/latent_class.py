@@ -14,6 +14,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from models.values import as_default, stored
+
 TRUTH_OFFSET = 1_000_003
 """Added to a seed for true parameters, so that nothing else is drawn from the same stream."""
 
@@ -82,11 +84,7 @@ class LatentClass:
             Constrained values by parameter name, detached, in the precision and on the device of
             the data.
         """
-        store = pyro.get_param_store()
-        return {
-            name: (store[name] if name in store else value).detach().to(x)
-            for name, value in self.initial.items()
-        }
+        return {name: value.to(x) for name, value in stored(self.initial).items()}
 
     def model(self, x: Tensor) -> None:
         """The latent class model; its "class" is summed out by enumeration.
@@ -193,18 +191,6 @@ def inside_unit(probs: Tensor) -> Tensor:
     """
     info = torch.finfo(probs.dtype)
     return probs.clamp(info.tiny, 1 - info.eps)
-
-
-def as_default(value: Tensor) -> Tensor:
-    """Brings a tensor to torch's default precision and device.
-
-    Args:
-        value: Any tensor.
-
-    Returns:
-        Tensor of the same shape.
-    """
-    return value.to(device=torch.get_default_device(), dtype=torch.get_default_dtype())
 
 
 _classes = LatentClass()

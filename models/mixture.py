@@ -17,6 +17,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from models.values import as_default, stored
+
 _TRUE_SCALES = ((0.75, 1.35), (1.35, 0.75), (1.0, 1.0))
 
 
@@ -77,7 +79,7 @@ class GaussianMixture:
             "loc": torch.randn(self.num_components, self.dim, **draw),
             "scale": 0.75 + 0.5 * torch.rand(self.num_components, self.dim, **draw),
         }
-        return {name: _as_default(value) for name, value in values.items()}
+        return {name: as_default(value) for name, value in values.items()}
 
     def current(self, x: Tensor) -> dict[str, Tensor]:
         """The parameters' values in Pyro's store, or the initial ones before the first use.
@@ -89,11 +91,7 @@ class GaussianMixture:
             Constrained values by parameter name, detached, in the precision and on the device of
             the data.
         """
-        store = pyro.get_param_store()
-        return {
-            name: (store[name] if name in store else value).detach().to(x)
-            for name, value in self.initial.items()
-        }
+        return {name: value.to(x) for name, value in stored(self.initial).items()}
 
     def model(self, x: Tensor) -> None:
         """The mixture; its "component" is summed out by enumeration.
@@ -176,7 +174,7 @@ class GaussianMixture:
         generator = torch.Generator("cpu").manual_seed(seed)
         component = torch.multinomial(weights, size, replacement=True, generator=generator)
         noise = torch.randn(size, self.dim, generator=generator, dtype=torch.float64, device="cpu")
-        return _as_default(loc[component] + scale[component] * noise)
+        return as_default(loc[component] + scale[component] * noise)
 
     def _param(self, name: str, x: Tensor) -> Tensor:
         """A parameter; its first value is a copy, so that training leaves `initial` alone."""
@@ -191,10 +189,6 @@ class GaussianMixture:
         standardized = (x[:, None] - loc) / scale
         log_density = -0.5 * standardized**2 - scale.log() - 0.5 * math.log(2 * math.pi)
         return params["weights"].log() + log_density.sum(-1)
-
-
-def _as_default(value: Tensor) -> Tensor:
-    return value.to(device=torch.get_default_device(), dtype=torch.get_default_dtype())
 
 
 _mixture = GaussianMixture()

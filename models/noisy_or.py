@@ -16,7 +16,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from models.latent_class import TRUTH_OFFSET, as_default, inside_unit
+from models.latent_class import TRUTH_OFFSET, inside_unit
+from models.values import as_default, stored
 
 MAX_STATES = 2**20
 """The largest number of joint disease states that the exact referee sums over."""
@@ -144,11 +145,7 @@ class NoisyOr:
             Constrained values by parameter name, detached, in the precision and on the device of
             the data.
         """
-        store = pyro.get_param_store()
-        return {
-            name: (store[name] if name in store else value).detach().to(x)
-            for name, value in self.initial.items()
-        }
+        return {name: value.to(x) for name, value in stored(self.initial).items()}
 
     def model(self, x: Tensor) -> None:
         """The network; its diseases are summed out by enumeration.

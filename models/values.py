@@ -1,0 +1,47 @@
+"""What several models need around their parameters' values: precision, device, the store."""
+
+from collections.abc import Mapping, Sequence
+
+import pyro
+import torch
+from torch import Tensor
+
+
+def as_default(value: Tensor) -> Tensor:
+    """Brings a tensor to torch's default precision and device.
+
+    Args:
+        value: Any tensor.
+
+    Returns:
+        Tensor of the same shape.
+    """
+    return value.to(device=torch.get_default_device(), dtype=torch.get_default_dtype())
+
+
+def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers that are the same with every default precision and device.
+
+    Args:
+        shape: Their shape.
+        generator: A generator of the CPU.
+
+    Returns:
+        Numbers in double precision on the CPU.
+    """
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
+
+
+def stored(initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values in Pyro's parameter store, without making parameters there.
+
+    Args:
+        initial: Values of those parameters that the store does not have yet, by name.
+
+    Returns:
+        Constrained values by name, detached.
+    """
+    store = pyro.get_param_store()
+    return {
+        name: store[name].detach() if name in store else value for name, value in initial.items()
+    }

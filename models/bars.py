@@ -13,6 +13,7 @@ and horizontal with probability 1/3:
 
 import itertools
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -36,6 +37,53 @@ class States(NamedTuple):
 
     patterns: Tensor
     probabilities: Tensor
+
+    @classmethod
+    def of(cls, probabilities: Mapping[tuple[int, ...], float]) -> "States":
+        """Takes a distribution from a table.
+
+        Args:
+            probabilities: Probability of each image, a tuple of 0 and 1.
+
+        Returns:
+            The distribution, in the order of the table.
+        """
+        return cls(
+            torch.tensor(list(probabilities), dtype=torch.get_default_dtype()),
+            torch.tensor(list(probabilities.values()), dtype=torch.float64),
+        )
+
+    def entropy(self) -> float:
+        """Entropy in nats: the least mean negative log likelihood that any model can have."""
+        return float(-(self.probabilities * self.probabilities.log()).sum())
+
+    def sample(self, seed: int, size: int) -> Tensor:
+        """Draws images, leaving the global random state as it was.
+
+        Args:
+            seed: Seed of the images.
+            size: Number of images.
+
+        Returns:
+            Images, 0 or 1 as floats, shape [size, pixels].
+        """
+        generator = torch.Generator("cpu").manual_seed(seed)
+        probabilities = self.probabilities.cpu()
+        index = torch.multinomial(probabilities, size, replacement=True, generator=generator)
+        return self.patterns[index.to(self.patterns.device)]
+
+    def divergence(self, helmholtz: Helmholtz) -> float:
+        """Divergence of a machine's exact marginal from this distribution.
+
+        Args:
+            helmholtz: A machine with as many visible units as the images have pixels.
+
+        Returns:
+            KL(this || machine) in nats.
+        """
+        log_likelihood = helmholtz.exact_log_likelihood(self.patterns)
+        log_ratio = self.probabilities.log() - log_likelihood.to(self.probabilities.device)
+        return float((self.probabilities * log_ratio).sum())
 
 
 def states(kind: Kind = "hinton") -> States:
@@ -61,10 +109,7 @@ def states(kind: Kind = "hinton") -> States:
         horizontal = tuple(line for line in line_set for _ in range(side))
         total[vertical] += _VERTICAL_PROBABILITY * probability
         total[horizontal] += (1 - _VERTICAL_PROBABILITY) * probability
-    return States(
-        torch.tensor(list(total), dtype=torch.get_default_dtype()),
-        torch.tensor(list(total.values()), dtype=torch.float64),
-    )
+    return States.of(total)
 
 
 def entropy(kind: Kind = "hinton") -> float:
@@ -76,8 +121,7 @@ def entropy(kind: Kind = "hinton") -> float:
     Returns:
         Entropy in nats.
     """
-    probabilities = states(kind).probabilities
-    return float(-(probabilities * probabilities.log()).sum())
+    return states(kind).entropy()
 
 
 def make_data(seed: int, size: int = 500, kind: Kind = "hinton") -> Tensor:
@@ -91,10 +135,7 @@ def make_data(seed: int, size: int = 500, kind: Kind = "hinton") -> Tensor:
     Returns:
         Images, 0 or 1 as floats, shape [size, pixels].
     """
-    generator = torch.Generator().manual_seed(seed)
-    patterns, probabilities = states(kind)
-    index = torch.multinomial(probabilities, size, replacement=True, generator=generator)
-    return patterns[index]
+    return states(kind).sample(seed, size)
 
 
 def machine(kind: Kind = "hinton") -> Helmholtz:
@@ -137,9 +178,7 @@ def kl_from_truth(helmholtz: Helmholtz, kind: Kind = "hinton") -> float:
     Returns:
         KL(truth || machine) in nats.
     """
-    patterns, probabilities = states(kind)
-    log_likelihood = helmholtz.exact_log_likelihood(patterns)
-    return float((probabilities * (probabilities.log() - log_likelihood.cpu())).sum())
+    return states(kind).divergence(helmholtz)
 
 
 def _line_sets(kind: Kind) -> dict[tuple[int, ...], float]:

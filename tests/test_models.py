@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine import replay, trace
 from torch import Tensor
 
-from models import bars, helmholtz
+from models import bars, helmholtz, shifter
 from models.helmholtz import Helmholtz
 
 MODELS = Path(helmholtz.__file__).parent
@@ -194,7 +194,7 @@ def test_vectorized_particles() -> None:
         assert model_trace.nodes[site]["log_prob"].shape == (3, 7)
 
 
-@pytest.mark.parametrize("module", [helmholtz, bars])
+@pytest.mark.parametrize("module", [helmholtz, bars, shifter])
 def test_zoo_module(module: object) -> None:
     model: Callable[[Tensor], None] = module.model  # type: ignore[attr-defined]
     guide: Callable[[Tensor], None] = module.guide  # type: ignore[attr-defined]

@@ -126,7 +126,7 @@ class DiscreteNet:
         return DiscreteNet(self.states, self.parents, tables, self.name)
 
     def _check_table(self, node: str) -> None:
-        table = self.tables[node]
+        table = self.tables[node].detach()
         shape = [self.size(member) for member in (*self.parents[node], node)]
         if list(table.shape) != shape:
             raise ValueError(
@@ -357,11 +357,12 @@ def make_data(
 # --- the referee and the reverse ---------------------------------------------------------------
 
 
-@torch.no_grad()
 def exact_log_likelihood(net: DiscreteNet, data: Tensor, hidden: Iterable[str] = ()) -> Tensor:
     """Sums the joint probability over all hidden states by variable elimination.
 
-    To judge a trained program, pass the network that `learned` or `read_back` gives.
+    To judge a trained program, pass the network that `learned` or `read_back` gives. The result can
+    be differentiated in the tables: a table times the gradient in it is the expected number of
+    times that each of its entries was used.
 
     Args:
         net: The network, with the tables to use.
@@ -383,13 +384,13 @@ def exact_log_likelihood(net: DiscreteNet, data: Tensor, hidden: Iterable[str] =
             f"summing the hidden nodes out needs {largest} joint states (at most {MAX_STATES})"
         )
     chunk = max(1, _CHUNK_ELEMENTS // largest)
-    total = torch.zeros(len(data), dtype=torch.float64, device="cpu")
+    total = [torch.zeros(0, dtype=torch.float64, device="cpu")]
     for start in range(0, len(data), chunk):
-        part = slice(start, start + chunk)
-        given = {node: column[part] for node, column in columns.items()}
-        factors = [_given(net, family, given, len(total[part])) for family in families]
-        total[part] = _eliminate(factors, order)
-    return total
+        given = {node: column[start : start + chunk] for node, column in columns.items()}
+        cases = min(chunk, len(data) - start)
+        factors = [_given(net, family, given, cases) for family in families]
+        total.append(_eliminate(factors, order))
+    return torch.cat(total)
 
 
 def learned(net: DiscreteNet) -> DiscreteNet:
@@ -613,12 +614,12 @@ def _eliminate(factors: list[_Factor], order: Sequence[str]) -> Tensor:
         for nodes, values in touched:
             operands += [values, [0, *(axis[name] for name in nodes)]]
         product = torch.einsum(*operands, [0, *(axis[name] for name in kept)])
-        scale = product.flatten(1).amax(1) if kept else product
-        log_scale += scale.log()
+        scale = (product.flatten(1).amax(1) if kept else product).detach()
         scale = scale.clamp(min=torch.finfo(product.dtype).tiny)
+        log_scale = log_scale + scale.log()
         factors.append((tuple(kept), product / scale.reshape(-1, *[1] * len(kept))))
     for _, values in factors:
-        log_scale += values.log()
+        log_scale = log_scale + values.log()
     return log_scale
 
 

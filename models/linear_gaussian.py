@@ -459,22 +459,35 @@ def _eye(size: int, like: Tensor) -> Tensor:
     return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
-_network = LinearGaussianNetwork(
-    {
-        "age": (),
-        "sex": (),
-        "adiposity": ("age", "sex"),
-        "resistance": ("age", "adiposity"),
-        "bmi": ("adiposity",),
-        "pressure": ("age", "adiposity"),
-        "hdl": ("sex", "resistance"),
-        "ldl": ("age", "resistance"),
-        "triglycerides": ("resistance",),
-        "glucose": ("age", "resistance"),
-        "progression": ("adiposity", "resistance"),
-    },
-    hidden=("adiposity", "resistance"),
-)
+def patients(seed: int = 0) -> LinearGaussianNetwork:
+    """Makes a network of diabetes patients with two hidden causes, which suits `make_data`.
+
+    Args:
+        seed: Seed of the initial values.
+
+    Returns:
+        A network of 9 observed and 2 hidden nodes.
+    """
+    return LinearGaussianNetwork(
+        {
+            "age": (),
+            "sex": (),
+            "adiposity": ("age", "sex"),
+            "resistance": ("age", "adiposity"),
+            "bmi": ("adiposity",),
+            "pressure": ("age", "adiposity"),
+            "hdl": ("sex", "resistance"),
+            "ldl": ("age", "resistance"),
+            "triglycerides": ("resistance",),
+            "glucose": ("age", "resistance"),
+            "progression": ("adiposity", "resistance"),
+        },
+        hidden=("adiposity", "resistance"),
+        seed=seed,
+    )
+
+
+_network = patients()
 
 # Without total cholesterol (s1) and its ratio to HDL (s4), which nearly follow from the others.
 _COLUMNS = ("age", "sex", "bmi", "bp", "s3", "s2", "s5", "s6", "target")

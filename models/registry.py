@@ -394,7 +394,7 @@ _PROGRAMS = (
         "hierarchical, multivariate normal guide",
         "elbo",
         _eight_schools,
-        lambda seed, size: eight_schools.make_data(seed or None, size),
+        lambda seed, size: eight_schools.make_data(seed or None, size),  # seed 0: the real eight
         size=8,
         hidden=False,
     ),

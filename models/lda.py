@@ -70,6 +70,7 @@ class TopicModel:
     depend on the order of the topics.
 
     Documents are padded to a common length; what stands beyond the end of one has no influence.
+    Their plate is of dim -2 and that of their words of dim -1, as in the data.
 
     Attributes:
         num_topics: Number of topics.
@@ -145,13 +146,13 @@ class TopicModel:
         present = self._present(words, lengths)
         topics = self._param("topics")
         prior = topics.new_full((self.num_topics,), self.concentration)
-        with pyro.plate("documents", len(words), dim=-1):
+        with pyro.plate("documents", len(words), dim=-2):
             share = pyro.sample("share", dist.Dirichlet(prior))
-            with pyro.plate("words", words.shape[1], dim=-2), poutine.mask(mask=present.T):
+            with pyro.plate("words", words.shape[1], dim=-1), poutine.mask(mask=present):
                 topic = pyro.sample(
                     "topic", dist.Categorical(share), infer={"enumerate": "parallel"}
                 )
-                pyro.sample("word", dist.Categorical(topics[topic]), obs=words.T)
+                pyro.sample("word", dist.Categorical(topics[topic]), obs=words)
 
     def collapsed(self, words: Tensor, lengths: Tensor) -> None:
         """The same program with the topics of the words summed out by hand.
@@ -163,10 +164,10 @@ class TopicModel:
         present = self._present(words, lengths)
         topics = self._param("topics")
         prior = topics.new_full((self.num_topics,), self.concentration)
-        with pyro.plate("documents", len(words), dim=-1):
+        with pyro.plate("documents", len(words), dim=-2):
             share = pyro.sample("share", dist.Dirichlet(prior))
-            with pyro.plate("words", words.shape[1], dim=-2), poutine.mask(mask=present.T):
-                pyro.sample("word", dist.Categorical(share @ topics), obs=words.T)
+            with pyro.plate("words", words.shape[1], dim=-1), poutine.mask(mask=present):
+                pyro.sample("word", dist.Categorical(share @ topics), obs=words)
 
     def guide(self, words: Tensor, lengths: Tensor) -> None:
         """A Dirichlet distribution of the shares, for which the words of a document vote.
@@ -180,9 +181,9 @@ class TopicModel:
             lengths: Lengths, integers, shape [documents].
         """
         present = self._present(words, lengths)
-        votes = self._param("votes")[words] * present[:, :, None]
-        with pyro.plate("documents", len(words), dim=-1):
-            pyro.sample("share", dist.Dirichlet(self.concentration + votes.sum(1)))
+        votes = (self._param("votes")[words] * present[:, :, None]).sum(1, keepdim=True)
+        with pyro.plate("documents", len(words), dim=-2):
+            pyro.sample("share", dist.Dirichlet(self.concentration + votes))
 
     def recognize(self, words: Tensor, lengths: Tensor) -> None:
         """A guide that samples the shares from their exact posterior, a mixture of Dirichlets.
@@ -197,12 +198,12 @@ class TopicModel:
         topics = stored(self.initial)["topics"]
         with torch.no_grad():
             urn = self._urn({"topics": topics}, words, lengths)
-        logits = urn.posterior.log().to(topics.dtype)
+        logits = urn.posterior.log().to(topics.dtype)[:, None]
         counts = urn.counts.to(topics.dtype).expand(*logits.shape, -1)
         posterior = dist.MixtureSameFamily(
             dist.Categorical(logits=logits), dist.Dirichlet(self.concentration + counts)
         )
-        with pyro.plate("documents", len(words), dim=-1):
+        with pyro.plate("documents", len(words), dim=-2):
             pyro.sample("share", posterior)
 
     def log_likelihood(

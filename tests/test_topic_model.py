@@ -295,7 +295,7 @@ def test_recognition_makes_no_parameters_and_follows_them() -> None:
     log_prob = [guide.nodes["share"]["fn"].log_prob(value) for guide in (first, second)]
     assert not log_prob[1].requires_grad
     assert not torch.allclose(*log_prob)
-    mean = second.nodes["share"]["fn"].mean
+    mean = second.nodes["share"]["fn"].mean[:, 0]
     torch.testing.assert_close(mean, machine.mean_shares(machine.start(7), *documents))
 
 
@@ -327,9 +327,9 @@ def test_likelihood_by_importance_sampling(steps: int) -> None:
     guide.compute_log_prob()
     model.compute_log_prob()
     log_weight = (
-        model.nodes["share"]["log_prob"][:, 0]
-        + model.nodes["word"]["log_prob"].sum(1)
-        - guide.nodes["share"]["log_prob"][:, 0]
+        model.nodes["share"]["log_prob"][:, :, 0]
+        + model.nodes["word"]["log_prob"].sum(-1)
+        - guide.nodes["share"]["log_prob"][:, :, 0]
     )
     assert log_weight.shape == (many, 12)
     single = [machine.log_likelihood(params, words[i, None], lengths[i, None]) for i in range(12)]
@@ -372,7 +372,7 @@ def test_guide_counts_the_votes() -> None:
         for word in row:
             document += params["votes"][word]
     guide = poutine.trace(machine.guide).get_trace(*documents)
-    torch.testing.assert_close(guide.nodes["share"]["fn"].concentration, concentration)
+    torch.testing.assert_close(guide.nodes["share"]["fn"].concentration[:, 0], concentration)
     assert list(guide.param_nodes) == ["votes"]
 
 
@@ -416,14 +416,14 @@ def test_shapes() -> None:
     for program in (machine.model, machine.collapsed):
         model = poutine.trace(poutine.replay(program, guide)).get_trace(*documents)
         model.compute_log_prob()
-        assert model.nodes["share"]["value"].shape == (7, 3)
-        assert model.nodes["share"]["log_prob"].shape == (7,)
-        assert model.nodes["word"]["log_prob"].shape == (length, 7)
+        assert model.nodes["share"]["value"].shape == (7, 1, 3)
+        assert model.nodes["share"]["log_prob"].shape == (7, 1)
+        assert model.nodes["word"]["log_prob"].shape == (7, length)
         assert set(model.param_nodes) == {"topics"}
     sites = [name for name in model.stochastic_nodes if name not in {"documents", "words"}]
     assert sites == ["share"] and model.observation_nodes == ["word"]
     full = poutine.trace(machine.model).get_trace(*documents)
-    assert full.nodes["topic"]["value"].shape == (length, 7)
+    assert full.nodes["topic"]["value"].shape == (7, length)
     sizes = {name: value.numel() for name, value in pyro.get_param_store().named_parameters()}
     assert sizes == {"topics": 3 * machine.num_words, "votes": 3 * machine.num_words}
     for name, value in machine.initial.items():

@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,17 @@ from typing import Any
 import pyro
 import torch
 from matplotlib.figure import Figure
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
-from torch import Tensor
 from tqdm import tqdm
 
 import pyronat
+from examples.comparison import Data, adam, batches, markdown, natural, negative_elbo
 from models import bayesian_regression, dmm, eight_schools, sparse_gamma_def, vae
 from models.bayesian_regression import LinearRegression, LogisticRegression
 from models.eight_schools import EightSchools
 from models.sparse_gamma_def import SparseGammaDEF
-from pyronat.steps import LinearDecay, RunningAverage
+from pyronat.steps import RunningAverage
 
 ADAM_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 NATURAL_RATE = 0.5
@@ -46,8 +46,6 @@ NATURAL: dict[str, dict[str, Any]] = {
     "natural, curvature every 20 steps": {"curvature": RunningAverage(0.8, 20)},
 }
 """Options of `NaturalGradient` by the name of the method."""
-
-Data = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ def _module(net: type) -> Callable[[], tuple[Any, Any, Callable[[], None]]]:
     return make
 
 
-def _global(name: str, net: Any, data: Data, evidence: Tensor, seconds: float) -> Program:
+def _global(name: str, net: Any, data: Data, evidence: torch.Tensor, seconds: float) -> Program:
     """A program whose guide is one normal distribution, with its evidence as the referee."""
     return Program(
         name,
@@ -237,7 +235,7 @@ def make_programs(small: bool) -> list[Program]:
     ]
 
 
-def negative_elbo(program: Program, model: Any, guide: Any, data: Data) -> float:
+def judge(program: Program, model: Any, guide: Any, data: Data) -> float:
     """Negative ELBO by many particles with a fixed seed; random numbers of training are left alone.
 
     Args:
@@ -249,30 +247,8 @@ def negative_elbo(program: Program, model: Any, guide: Any, data: Data) -> float
     Returns:
         Nats per datum, or in all if the program is not judged per datum.
     """
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        total = float(program.loss(program.eval_particles).loss(model, guide, *data))
+    total = negative_elbo(program.loss(program.eval_particles), model, guide, data)
     return total / len(data[0]) if program.per_datum else total
-
-
-def batches(program: Program, seed: int) -> Iterator[Data]:
-    """Batches without end, the same for all methods.
-
-    Args:
-        program: The program.
-        seed: Seed of their order.
-
-    Yields:
-        The arguments of model and guide.
-    """
-    size = len(program.train[0])
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        if program.batch_size is None:
-            yield program.train
-        else:
-            for index in torch.randperm(size, generator=generator).split(program.batch_size):
-                yield tuple(value[index] for value in program.train)
 
 
 def start(program: Program, method: Method, seed: int, steps: int) -> tuple[Any, Any, Any]:
@@ -292,20 +268,12 @@ def start(program: Program, method: Method, seed: int, steps: int) -> tuple[Any,
     model, guide, after = program.make()
     loss = program.loss(program.num_particles)
     if method.options is None:
-        adam = pyro.optim.LambdaLR({
-            "optimizer": torch.optim.Adam,
-            "optim_args": {"lr": method.rate},
-            "lr_lambda": LinearDecay(1.0, steps),
-        })
-        svi: Any = SVI(model, guide, adam, loss)
+        optimize = adam(model, guide, loss, method.rate, steps)
     else:
-        natural = pyronat.NaturalGradient(lr=LinearDecay(method.rate, steps), **method.options)
-        svi = pyronat.NaturalSVI(model, guide, natural, loss)
+        optimize = natural(model, guide, loss, method.rate, steps, **method.options)
 
     def step(data: Data) -> None:
-        svi.step(*data)
-        if method.options is None:
-            adam.step()
+        optimize(data)
         after()
 
     return model, guide, step
@@ -323,7 +291,7 @@ def affordable_steps(program: Program, method: Method, settings: Settings) -> in
         The number, at least 2.
     """
     _, _, step = start(program, Method(method.name, 1e-4, method.options), 0, 10**6)
-    data = batches(program, 0)
+    data = batches(program.train, program.batch_size, 0)
     step(next(data))
     begin = time.process_time()
     for _ in range(settings.trial_steps):
@@ -346,7 +314,7 @@ def train(program: Program, method: Method, seed: int, steps: int, points: int) 
         The run, which ends early with an error of the program or of the optimizer.
     """
     model, guide, step = start(program, method, seed, steps)
-    data = batches(program, seed)
+    data = batches(program.train, program.batch_size, seed)
     marks = {math.ceil(steps * (point + 1) / points) for point in range(points)}
     run = Run(program.name, method.name, method.rate, seed, [], [], [], math.inf, None)
     seconds = 0.0
@@ -356,11 +324,11 @@ def train(program: Program, method: Method, seed: int, steps: int, points: int) 
             step(batch)
             seconds += time.process_time() - begin
             if count in marks:
-                value = negative_elbo(program, model, guide, program.test)
+                value = judge(program, model, guide, program.test)
                 run.values.append(value)
                 run.steps.append(count)
                 run.seconds.append(seconds)
-        final = negative_elbo(program, model, guide, program.validation)
+        final = judge(program, model, guide, program.validation)
     except (pyronat.PyronatError, ValueError) as error:  # Pyro checks arguments by ValueError
         return Run(**{**asdict(run), "error": f"{type(error).__name__} at step {count}"})
     return Run(**{**asdict(run), "validation": final if math.isfinite(final) else math.inf})
@@ -440,7 +408,6 @@ def table(programs: Sequence[Program], runs: Sequence[Run]) -> str:
         The table, one line per program and method.
     """
     rows = [("program", "method", "negative ELBO", "seconds", "steps", "passes Adam's final after")]
-    rows.append(("---",) * len(rows[0]))
     for program in programs:
         groups = select([run for run in runs if run.program == program.name])
         done = all(run.error is None for run in groups[0])
@@ -466,7 +433,7 @@ def table(programs: Sequence[Program], runs: Sequence[Run]) -> str:
                 )
             rows.append((label, name, *cells))
             label = ""
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
 
 
 def plot_curves(programs: Sequence[Program], runs: Sequence[Run], path: Path) -> None:

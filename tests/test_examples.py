@@ -4,19 +4,27 @@ import importlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pytest
 import torch
+
+from examples import zoo
+from models.registry import programs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 OUTPUTS = {
     "digits": {"curves.png", "digits.png", "metrics.jsonl"},
     "missing_information": {"paths.png", "results.json", "table.md"},
     "variational": {"curves.png", "results.json", "table.md"},
+    "zoo": {"curves.png", "results.json", "table.md"},
 }
 """The files that each example writes."""
+SHARED = {"__init__", "comparison"}
+"""Modules that are no examples themselves."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +37,7 @@ def _clean() -> Iterator[None]:
 
 
 def test_every_example_is_listed() -> None:
-    names = {path.stem for path in EXAMPLES.glob("*.py")} - {"__init__"}
+    names = {path.stem for path in EXAMPLES.glob("*.py")} - SHARED
     assert names == set(OUTPUTS)
 
 
@@ -46,6 +54,8 @@ def test_example_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         check_digits(output, printed)
     if name == "variational":
         check_variational(output, printed)
+    if name == "zoo":
+        check_zoo(output, printed)
 
 
 def check_digits(output: Path, printed: str) -> None:
@@ -75,3 +85,72 @@ def check_variational(output: Path, printed: str) -> None:
             assert run["error"] is None and all(map(math.isfinite, run["values"]))
     natural = [run for run in runs if run["method"] != "Adam" and run["error"] is None]
     assert {"linear regression", "eight schools"} <= {run["program"] for run in natural}
+
+
+def check_zoo(output: Path, printed: str) -> None:
+    """Every program of the registry is there or left out, with all methods that it can have."""
+    content = json.loads((output / "results.json").read_text())
+    assert (output / "table.md").read_text() in printed + "\n"
+    names = [entry["name"] for entry in content["programs"]]
+    assert sorted(names + content["left out"]) == sorted(programs())
+    assert len(names) >= 5 and content["versions"]["torch"] == torch.__version__
+    for entry in content["programs"]:
+        program = programs()[entry["name"]]
+        runs = [run for run in content["runs"] if run["program"] == program.name]
+        methods = ["Adam", "Adam", "natural"] + ["visible"] * program.hidden
+        methods += ["EM"] * (program.make(0).em_step is not None)
+        assert [run["method"] for run in runs] == methods
+        assert [s["method"] for s in entry["summaries"]] == methods[1:]
+        check_zoo_runs(runs, entry)
+
+
+def check_zoo_runs(runs: list[dict[str, Any]], entry: dict[str, Any]) -> None:
+    """Runs of a program start alike, end where they say, and stay above optimum and bound."""
+    (start,), (optimum,) = entry["referee"]["starts"], entry["referee"]["optima"]
+    assert start > optimum >= (entry["referee"]["bound"] or -math.inf)
+    for run in runs:
+        assert run["values"][0] == start and run["steps"][0] == run["seconds"][0] == 0
+        assert len(run["steps"]) == len(run["seconds"]) == len(run["values"])
+        assert (run["error"] is None) == (run["final"] is not None)
+        if run["error"] is None:
+            at_end = run["steps"].index(entry["plan"]["steps"])
+            assert run["values"][at_end] == run["final"]
+        else:
+            assert run["error"] == "refused: BlockTooLarge"
+        assert min(run["values"]) >= optimum
+        assert run["seconds"] == sorted(run["seconds"])
+    finals = [s["final"] for s in entry["summaries"] if not s["errors"]]
+    assert len(finals) >= 2 and all(final < start for final in finals)
+
+
+def zoo_run(method: str, rate: float | None, values: list[float], cost: float) -> zoo.Run:
+    """A run whose steps cost the same."""
+    steps = list(range(len(values)))
+    seconds = [cost * step for step in steps]
+    return zoo.Run("mixture", method, rate, 0, steps, seconds, values, values[-1])
+
+
+@pytest.mark.parametrize(
+    "em, cost, words",
+    [
+        ([2.0, 1.005, 1.0, 1.0], 0.1, "**no**: EM is faster"),
+        ([2.0, 1.5, 1.2, 1.0], 0.1, "natural: fewer steps; EM takes fewer seconds"),
+        ([2.0, 1.5, 1.2, 1.0], 1.0, "natural: fewer steps, fewer seconds"),
+        ([2.0, 1.5, 1.2, 1.1], 0.1, "natural: fewer steps, fewer seconds, ends lower"),
+        ([2.0, 1.5, 1.0, 0.9], 0.1, "**no**: EM is faster and ends lower"),
+    ],
+)
+def test_zoo_verdict(em: list[float], cost: float, words: str) -> None:
+    program = programs()["mixture"]
+    runs = [
+        zoo_run("Adam", 0.1, [2.0, 1.8, 1.6, 1.4], 0.2),
+        zoo_run("Adam", 0.3, [2.0, 9.0, 9.0, 9.0], 0.2),
+        zoo_run("natural", 0.5, [2.0, 1.4, 1.0, 1.0], 0.3),
+        replace(zoo_run("visible", 0.5, [2.0, 0.95], 0.3), final=None, error="Bad at step 2"),
+        zoo_run("EM", None, em, cost),
+    ]
+    referee = zoo.find_referee(program, program.make_data(0, 10), runs[2:3] + runs[4:], 99)
+    summaries = zoo.summarize(runs, referee)
+    assert [(s.method, s.rate) for s in summaries][:2] == [("Adam", 0.1), ("natural", 0.5)]
+    assert zoo.verdict(summaries, referee) == words
+    assert zoo.cell(summaries[2]) == "1 of 1 fail: Bad at step 2"

@@ -1,0 +1,117 @@
+"""What the examples share that compare Adam with natural gradients."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO, SVI
+from torch import Tensor
+
+import pyronat
+from pyronat.steps import LinearDecay
+
+Data = tuple[Tensor, ...]
+Step = Callable[[Data], None]
+"""Takes a step on a batch."""
+
+
+def batches(data: Data, batch_size: int | None, seed: int) -> Iterator[Data]:
+    """Batches without end, the same for all methods.
+
+    Args:
+        data: The arguments of model and guide, all data.
+        batch_size: Data per batch, or None for all of them.
+        seed: Seed of their order.
+
+    Yields:
+        The arguments of model and guide.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        if batch_size is None:
+            yield data
+        else:
+            for index in torch.randperm(len(data[0]), generator=generator).split(batch_size):
+                yield tuple(value[index] for value in data)
+
+
+def adam(model: Any, guide: Any, loss: ELBO, rate: float, steps: int) -> Step:
+    """Stock `SVI` with Adam, whose rate decays linearly.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        loss: The loss.
+        rate: The rate at the first step.
+        steps: Steps over which it decays.
+
+    Returns:
+        Function that takes a step.
+    """
+    optim = pyro.optim.LambdaLR({
+        "optimizer": torch.optim.Adam,
+        "optim_args": {"lr": rate},
+        "lr_lambda": LinearDecay(1.0, steps),
+    })
+    svi = SVI(model, guide, optim, loss)
+
+    def step(data: Data) -> None:
+        svi.step(*data)
+        optim.step()
+
+    return step
+
+
+def natural(model: Any, guide: Any, loss: ELBO, rate: float, steps: int, **options: Any) -> Step:
+    """`NaturalSVI` with a rate that decays linearly.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        loss: The loss.
+        rate: The rate at the first step.
+        steps: Steps over which it decays.
+        **options: Other options of `NaturalGradient`.
+
+    Returns:
+        Function that takes a step.
+    """
+    optim = pyronat.NaturalGradient(lr=LinearDecay(rate, steps), **options)
+    svi = pyronat.NaturalSVI(model, guide, optim, loss)
+
+    def step(data: Data) -> None:
+        svi.step(*data)
+
+    return step
+
+
+def negative_elbo(loss: ELBO, model: Any, guide: Any, data: Data) -> float:
+    """The loss with a fixed seed; random numbers of training are left alone.
+
+    Args:
+        loss: An ELBO, with many particles.
+        model: The model.
+        guide: The guide.
+        data: Data, all of them.
+
+    Returns:
+        Nats in all.
+    """
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        return float(loss.loss(model, guide, *data))
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    Args:
+        rows: Rows of cells, the header first.
+
+    Returns:
+        The table.
+    """
+    header, *body = rows
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -47,6 +47,11 @@ class DistrictPlan:
         """The names of the blocks, joined."""
         return "; ".join(self.blocks)
 
+    @property
+    def hidden_parts(self) -> tuple[Part, ...]:
+        """Those of which information is missing."""
+        return tuple(part for part in self.parts if part.hidden)
+
 
 def plan_districts(
     net: BayesNet, blocks: Mapping[str, ParamBlock], guide: BayesNet | None = None

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pyronat.curvature import UnitFactor
+from pyronat.curvature import UnitFactor, total_curvature
 from pyronat.districts import DistrictPlan, Part
 from pyronat.dreams import Dream, GuideOnDream, draw, posterior_marginals, run_model
 from pyronat.errors import BlockTooLarge
@@ -218,7 +218,7 @@ def measure_visible(
     """
     night = dreamer.dream()
     designs = [
-        design(geometry, plan, district, min(map(night.num_data, district.parts)), decay)
+        design(geometry, plan, district, min(map(night.num_data, district.hidden_parts)), decay)
         for district in districts
     ]
     sums = [_Sum(one) for one in designs]
@@ -226,7 +226,7 @@ def measure_visible(
     runs = max(
         ceil(one.num_dreams / night.num_data(part))
         for one in designs
-        for part in one.district.parts
+        for part in one.district.hidden_parts
     )
     for number in range(runs):
         night = dreamer.dream() if number else night
@@ -244,13 +244,14 @@ class _Sum:
         self._taken = {part.sites: 0 for part in design.district.parts}
         self._rows: list[Tensor] = []
         self._matrix: Tensor | None = None
+        self._local: list[Tensor] = []
 
     def add(self, night: Night) -> list[Tensor]:
         """Adds the dreams of one run that are still wanted; effective sample sizes of its parts."""
+        if self.design.kind == "visible" and not all(p.hidden for p in self.design.district.parts):
+            self._local.append(night.local(self.design.district, self.design.columns))
         ess = []
-        for part in self.design.district.parts:
-            if not part.hidden and self.design.kind == "missing":
-                continue
+        for part in self.design.district.hidden_parts:
             count = night.num_data(part)
             left = self.design.num_dreams - self._taken[part.sites]
             chosen = torch.randperm(count)[:left].sort().values
@@ -291,8 +292,11 @@ class _Sum:
     def average(self) -> VisibleAverage:
         """The estimate."""
         rows = self._rows[0] if self._rows else None
+        matrix = self._matrix
+        if matrix is not None and self._local:
+            matrix = matrix + torch.stack(self._local).mean(0)
         count = float(self.design.num_dreams)
-        return VisibleAverage(self.design.kind, self._matrix, rows, count, self._max_rows())
+        return VisibleAverage(self.design.kind, matrix, rows, count, self._max_rows())
 
     def _max_rows(self) -> int:
         """Rows that are kept."""
@@ -366,8 +370,33 @@ class Night:
             self._weights[part] = normalized(torch.stack(log_weights))
         return self._weights[part]
 
+    def local(self, district: DistrictPlan, columns: BlockColumns) -> Tensor:
+        """Fisher information of the parts without hidden sites, at this dream's parents.
+
+        Args:
+            district: the district.
+            columns: its blocks.
+
+        Returns:
+            `[width, width]`, in the units of the loss.
+        """
+        sites = {site for part in district.parts if not part.hidden for site in part.sites}
+        found = total_curvature([
+            (factor, factor.record.base_weights())
+            for factor in self._runs[0]
+            if factor.record.name in sites and factor.block in columns.blocks
+        ])
+        like = self._dream.run.records[0].value
+        units: list[Tensor] = []
+        for name, block in columns.blocks.items():
+            matrix = found[name].matrix if name in found else None
+            if matrix is None:
+                matrix = torch.zeros(block.count, block.size, block.size, device=like.device)
+            units += matrix
+        return torch.block_diag(*units)
+
     def evidence(self, part: Part, columns: BlockColumns, data: Tensor) -> Evidence:
-        """Scores of some data of a part.
+        """Scores of some data of a part with hidden sites.
 
         Args:
             part: the part.
@@ -391,8 +420,6 @@ class Night:
             return datum_scores(weighted, slots, columns)
 
         own = scores(self._runs[0], {})
-        if not part.hidden:
-            return ExactPosterior(own, own)
         if self._marginals is not None:
             return ExactPosterior(scores(self._runs[1], self._marginals), own)
         weights = self.weights(part)

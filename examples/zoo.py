@@ -64,6 +64,8 @@ EM_GAIN = 1e-9
 LOSS_PARTICLES, SLEEP_PARTICLES = 5, 10
 GLOBAL_PARTICLES, LOCAL_PARTICLES = 200, 10
 """Particles of an evaluation: hidden variables of each datum are averaged over the data as well."""
+UNVECTORIZED = {"sparse gamma def"}
+"""Programs that mix up particles which are drawn at once."""
 FIRST_MARKS = (1, 2, 3, 5, 8, 13, 20)
 EVEN_MARKS = 33
 ERRORS = (pyronat.PyronatError, ValueError, ArithmeticError, torch.linalg.LinAlgError)
@@ -86,15 +88,12 @@ class Plan:
     seeds: int = 100
 
 
-LARGE_NETWORK = Plan(50, size=500, seeds=1)
 PLANS = {
     "lda": Plan(50, seeds=1),
-    "linear Gaussian": Plan(100),
-    "state space": Plan(100),
-    "sparse gamma def": Plan(100),
-    "dmm": Plan(100),
+    **dict.fromkeys(("linear Gaussian", "state space", "dmm"), Plan(100)),
+    **dict.fromkeys(("helmholtz", "bars", "kirby bars", "shifter"), Plan(150)),
     **dict.fromkeys(("earthquake", "cancer", "survey", "asia"), Plan(50)),
-    **dict.fromkeys(("sachs", "child", "alarm", "insurance"), LARGE_NETWORK),
+    **dict.fromkeys(("sachs", "child", "alarm", "insurance"), Plan(50, size=500, seeds=2)),
 }
 """Plans of the programs whose steps take long."""
 QUICK = ("mixture", "experts", "factor analysis", "ppca", "bars", "linear regression", "vae")
@@ -236,10 +235,11 @@ def make_loss(program: Program, particles: int | None = None) -> ELBO:
     if program.objective == "wake-sleep":
         return pyronat.ReweightedWakeSleep(num_particles=SLEEP_PARTICLES)
     if particles is None:
-        particles = LOSS_PARTICLES if program.batch_size is None else 1
+        one = program.batch_size is not None or program.name in UNVECTORIZED
+        particles = 1 if one else LOSS_PARTICLES
     return Trace_ELBO(
         num_particles=particles,
-        vectorize_particles=particles > 1,
+        vectorize_particles=particles > 1 and program.name not in UNVECTORIZED,
         max_plate_nesting=program.plates,
     )
 
@@ -258,7 +258,8 @@ def judge(program: Program, trainable: Trainable, data: Data) -> float:
     if trainable.log_likelihood is not None:
         with torch.no_grad():
             return -float(trainable.log_likelihood(*data)) / len(data[0])
-    loss = make_loss(program, LOCAL_PARTICLES if program.hidden else GLOBAL_PARTICLES)
+    few = program.hidden or program.name in UNVECTORIZED
+    loss = make_loss(program, LOCAL_PARTICLES if few else GLOBAL_PARTICLES)
     return negative_elbo(loss, trainable.model, trainable.guide, data) / len(data[0])
 
 

@@ -17,6 +17,7 @@ from models.registry import programs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 OUTPUTS = {
+    "bnlearn_hidden": {"curves.png", "results.json", "table.md"},
     "digits": {"curves.png", "digits.png", "metrics.jsonl"},
     "missing_information": {"paths.png", "results.json", "table.md"},
     "variational": {"curves.png", "results.json", "table.md"},

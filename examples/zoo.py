@@ -692,10 +692,10 @@ def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this repository that is checked out, or None without Git."""
+    """The commit that is checked out, "-dirty" if files differ from it, or None without Git."""
     try:
         found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
+            ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"],
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,

@@ -176,6 +176,24 @@ def shape_of(edge: Edge) -> tuple[int, ...]:
     return tuple(int(size) for size in node._input_metadata[number].shape)
 
 
+def picked_places(node: Any) -> Tensor | None:
+    """Where an operation by indices has read each element of its result.
+
+    Args:
+        node: a node of the graph.
+
+    Returns:
+        Places in the flattened tensor that was read, of the shape of the result, or None for other
+        nodes.
+    """
+    if node.name() != "IndexBackward0":
+        return None
+    shape = [int(size) for size in node._saved_self_sym_sizes]
+    indices = tuple(slice(None) if index is None else index for index in node._saved_indices)
+    device = next((index.device for index in indices if isinstance(index, Tensor)), None)
+    return torch.arange(prod(shape), device=device).reshape(shape)[indices]
+
+
 def _numel(edge: Edge) -> int:
     return prod(shape_of(edge))
 

@@ -21,6 +21,7 @@ from pyronat.factored import operator_from
 from pyronat.families import Group
 from pyronat.operators import BlockMatrix, BlockOperator, Diagonal, lerp
 from pyronat.records import SiteRecord
+from pyronat.tables import TableRows
 from pyronat.weights import joined_dims, spread_weights, without_copies
 
 _CHUNK_ELEMENTS = 2**22
@@ -144,9 +145,11 @@ class UnitFactor(Factor):
         units: number of linear units, or 1.
         inputs: inputs of linear units `[rows, fan_in]`, in the order of the block, or None.
         slope: ∂θ/∂(preactivation) `[repeats * rows, units]`, or None where it is 1.
-        jacobian: ∂θ/∂(entries) `[batch * coordinates, units, size]`, or None for linear units.
+        jacobian: ∂θ/∂(entries) `[batch * coordinates, units, size]`, or None for linear units; with
+            a table `[rows * coordinates, units, size]`.
         diagonal: whether the diagonal of the matrices is wanted alone.
         repeated: batch dimensions along which the Jacobian has one row for all.
+        table: which row of a table each element has, or None.
     """
 
     block: str
@@ -158,6 +161,7 @@ class UnitFactor(Factor):
     jacobian: Tensor | None = None
     diagonal: bool = False
     repeated: tuple[int, ...] = ()
+    table: TableRows | None = None
 
     @property
     def fisher(self) -> Tensor:
@@ -211,15 +215,19 @@ class UnitFactor(Factor):
         wide, bounds = (without_copies(part, self.repeated) for part in (wide, bounds))
         if self.repeated:
             spread = spread.sum(self.repeated, keepdim=True)
-        fisher = wide.reshape(-1, size, size)
+        fisher, bounds = wide.reshape(-1, size, size), bounds.reshape(-1)
+        flat = elements = spread.reshape(-1)
+        if self.table is not None:
+            # Elements of one row of a table have everything in common but their weights.
+            first = self.table.first
+            flat = flat.new_zeros(len(first)).index_add_(0, self.table.numbers, flat)
+            fisher, bounds = fisher[first], bounds[first]
         jacobian = self.jacobian.unflatten(0, (len(fisher), size)).movedim(2, 0)
-        flat = spread.reshape(-1)
         tiny = torch.finfo(flat.dtype).tiny
         weighted = (flat[:, None, None] * fisher) @ jacobian
         if self.bound is None:
             largest, roots = weighted, fisher.diagonal(dim1=1, dim2=2).sqrt()
         else:
-            bounds = bounds.reshape(-1)
             largest, roots = (flat * bounds)[:, None, None] * jacobian, bounds.sqrt().unsqueeze(1)
         leverage = (largest * jacobian).sum((1, 2, 3))
         norms = roots * jacobian.abs().sum(-1)
@@ -229,9 +237,10 @@ class UnitFactor(Factor):
         elif with_matrix:
             operator = BlockMatrix(jacobian.flatten(1, 2).mT @ weighted.flatten(1, 2))
         # A unit that only some data reach, as the row of a table, is judged by those.
-        touched = (norms.amax(-1) > 0) * flat
-        elements = prod(spread.shape[spread.dim() - joined_dims(self.record.distribution) :])
-        data = touched.reshape(len(touched), -1, elements).amax(-1)
+        reached = norms.amax(-1) > 0
+        touched = (reached if self.table is None else reached[:, self.table.numbers]) * elements
+        joined = prod(spread.shape[spread.dim() - joined_dims(self.record.distribution) :])
+        data = touched.reshape(len(touched), -1, joined).amax(-1)
         return Curvature(
             operator,
             leverage=leverage / data.sum(1).clamp_min(tiny),

@@ -36,6 +36,7 @@ from pyronat.network_factors import LayerFactor, RowsFactor, piece_of
 from pyronat.plans import Plan
 from pyronat.records import SiteRecord
 from pyronat.simulated import fisher_groups
+from pyronat.tables import TableRows, table_rows
 from pyronat.weights import without_copies
 
 MAX_ROWS = 1024
@@ -215,9 +216,36 @@ def _unit_factors(seen: _Seen, blocks: Sequence[ParamBlock]) -> list[Factor]:
     by_element = None if seen.by_element else _element_factors(seen, blocks, data)
     if by_element is not None:
         return by_element
-    # Parameters of other branches have no derivatives here.
     repeated = () if seen.by_element else data.repeated
-    found = _jacobian(seen, present, repeated)
+    table = _table_rows(seen, present, repeated)
+    found = _jacobian(seen, present, repeated) if table is None else table.jacobian
+    columns, positions = _columns(found, present, shapes)
+    layouts = seen.plan.layouts
+    return [
+        replace(
+            factor,
+            jacobian=columns[:, layouts[factor.block].pack(positions)],
+            repeated=repeated,
+            table=table,
+        )
+        for factor in factors
+    ]
+
+
+def _columns(
+    found: Tensor, present: Sequence[str], shapes: Mapping[str, Sequence[int]]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Derivatives by all parameters of some blocks.
+
+    Args:
+        found: derivatives by those that are there, `[coordinates, entries]`.
+        present: their names, in the order of the columns.
+        shapes: shape of each parameter, by name.
+
+    Returns:
+        Derivatives `[coordinates, all entries]`, 0 for parameters of other branches, and the
+        columns of each parameter, in its shape.
+    """
     parts = dict(zip(present, found.split([prod(shapes[p]) for p in present], 1), strict=True))
     columns = torch.cat(
         [parts.get(p, found.new_zeros(len(found), prod(shape))) for p, shape in shapes.items()], 1
@@ -227,13 +255,7 @@ def _unit_factors(seen: _Seen, blocks: Sequence[ParamBlock]) -> list[Factor]:
         param: torch.arange(start, start + prod(shape), device=columns.device).reshape(shape)
         for start, (param, shape) in zip(starts, shapes.items(), strict=False)
     }
-    layouts = seen.plan.layouts
-    return [
-        replace(
-            factor, jacobian=columns[:, layouts[factor.block].pack(positions)], repeated=repeated
-        )
-        for factor in factors
-    ]
+    return columns, positions
 
 
 def _element_factors(seen: _Seen, blocks: Sequence[ParamBlock], data: Data) -> list[Factor] | None:
@@ -266,6 +288,16 @@ def _element_factors(seen: _Seen, blocks: Sequence[ParamBlock], data: Data) -> l
             ElementFactor(block.name, seen.record, seen.group, data, *found, diagonal=diagonal)
         )
     return factors
+
+
+def _table_rows(seen: _Seen, names: Sequence[str], repeated: Sequence[int]) -> TableRows | None:
+    """Derivatives by rows of tables; None where that saves nothing or is not so."""
+    wide = torch.broadcast_tensors(*seen.group.coordinates)
+    own = [without_copies(part, repeated) for part in wide]
+    if own[0].numel() <= FEW_COORDINATES:
+        return None
+    params = [seen.params[name] for name in names]
+    return table_rows(own, seen.group.size // len(own), params, seen.gate)
 
 
 def _jacobian(seen: _Seen, names: Sequence[str], repeated: Sequence[int] = ()) -> Tensor:

@@ -20,6 +20,7 @@ from pyronat.errors import UnsupportedDistribution
 from pyronat.families import peel, score
 from pyronat.importance import DatumPlates
 from pyronat.records import SiteRecord
+from pyronat.tables import TableRows
 from pyronat.weights import joined_dims
 from pyronat.wrappers import base_value, wrappers
 
@@ -181,9 +182,23 @@ def _add(total: Tensor, factor: UnitFactor, scores: Tensor, rows: Tensor) -> Non
 def _add_entries(total: Tensor, factor: UnitFactor, scores: Tensor, rows: Tensor) -> None:
     assert factor.jacobian is not None
     chosen = rows >= 0
+    if factor.table is not None:
+        _add_rows(total, factor.jacobian, factor.table, scores[chosen], rows[chosen], chosen)
+        return
     jacobian = factor.jacobian.unflatten(0, scores.shape)[chosen]
     products = torch.einsum("nc,ncus->nus", scores[chosen], jacobian)
     total.index_add_(0, rows[chosen], products)
+
+
+def _add_rows(
+    total: Tensor, jacobian: Tensor, table: TableRows, scores: Tensor, rows: Tensor, chosen: Tensor
+) -> None:
+    """The same by rows of a table: the scores of a datum in each row are summed first."""
+    count, size = len(table.first), scores.shape[1]
+    summed = scores.new_zeros(len(total) * count, size)
+    summed.index_add_(0, rows * count + table.numbers[chosen], scores)
+    by_row = jacobian.unflatten(0, (count, size))
+    total += torch.einsum("brc,rcus->bus", summed.unflatten(0, (-1, count)), by_row)
 
 
 def element_weights(record: SiteRecord) -> Tensor:

@@ -393,7 +393,8 @@ class Night:
             if matrix is None:
                 matrix = torch.zeros(block.count, block.size, block.size, device=like.device)
             units += matrix
-        return torch.block_diag(*units)
+        total: Tensor = torch.block_diag(*units)
+        return total
 
     def evidence(self, part: Part, columns: BlockColumns, data: Tensor) -> Evidence:
         """Scores of some data of a part with hidden sites.

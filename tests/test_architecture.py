@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"blocks", "lattices", "autograd", "operators", "steps", "guards"})
     | {"closed_forms", "wrappers"},
     frozenset({"graph", "operations", "entries", "records", "geometry", "spectrum"})
-    | {"joint_forms", "layers", "factored", "weights"},
+    | {"joint_forms", "layers", "factored", "weights", "tables"},
     frozenset({"index_rules", "families"}),
     frozenset({"flow_rules", "simulated", "datum_rows", "curvature"}),
     frozenset({"dataflow", "partition", "fingerprint", "districts"})

@@ -85,7 +85,6 @@ class Program:
         eval_particles: Particles of an evaluation.
         per_datum: Whether nats are divided by the number of data.
         bound: Negative log evidence in nats, where it is known.
-        vectorized: Whether the program can run all particles at once.
     """
 
     name: str
@@ -99,13 +98,13 @@ class Program:
     eval_particles: int = 20
     per_datum: bool = True
     bound: float | None = None
-    vectorized: bool = True
 
     def loss(self, num_particles: int) -> Trace_ELBO:
         """The ELBO."""
-        many = self.vectorized and num_particles > 1
         return Trace_ELBO(
-            num_particles=num_particles, vectorize_particles=many, max_plate_nesting=1
+            num_particles=num_particles,
+            vectorize_particles=num_particles > 1,
+            max_plate_nesting=1,
         )
 
 
@@ -230,7 +229,6 @@ def make_programs(small: bool) -> list[Program]:
             lambda: (gamma.model, gamma.guide, gamma.clip),
             *(counts, counts, counts),
             seconds=5.0,
-            vectorized=False,
         ),
     ]
 

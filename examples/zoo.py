@@ -64,8 +64,8 @@ EM_GAIN = 1e-9
 LOSS_PARTICLES, SLEEP_PARTICLES = 5, 10
 GLOBAL_PARTICLES, LOCAL_PARTICLES = 200, 10
 """Particles of an evaluation: hidden variables of each datum are averaged over the data as well."""
-UNVECTORIZED = {"sparse gamma def"}
-"""Programs that mix up particles which are drawn at once."""
+LOCAL = {"sparse gamma def"}
+"""Programs whose guide alone has parameters, for hidden variables of each datum too."""
 FIRST_MARKS = (1, 2, 3, 5, 8, 13, 20)
 EVEN_MARKS = 33
 ERRORS = (pyronat.PyronatError, ValueError, ArithmeticError, torch.linalg.LinAlgError)
@@ -235,11 +235,11 @@ def make_loss(program: Program, particles: int | None = None) -> ELBO:
     if program.objective == "wake-sleep":
         return pyronat.ReweightedWakeSleep(num_particles=SLEEP_PARTICLES)
     if particles is None:
-        one = program.batch_size is not None or program.name in UNVECTORIZED
+        one = program.batch_size is not None or program.name in LOCAL
         particles = 1 if one else LOSS_PARTICLES
     return Trace_ELBO(
         num_particles=particles,
-        vectorize_particles=particles > 1 and program.name not in UNVECTORIZED,
+        vectorize_particles=particles > 1,
         max_plate_nesting=program.plates,
     )
 
@@ -258,7 +258,7 @@ def judge(program: Program, trainable: Trainable, data: Data) -> float:
     if trainable.log_likelihood is not None:
         with torch.no_grad():
             return -float(trainable.log_likelihood(*data)) / len(data[0])
-    few = program.hidden or program.name in UNVECTORIZED
+    few = program.hidden or program.name in LOCAL
     loss = make_loss(program, LOCAL_PARTICLES if few else GLOBAL_PARTICLES)
     return negative_elbo(loss, trainable.model, trainable.guide, data) / len(data[0])
 
@@ -317,6 +317,7 @@ def train(program: Program, method: Method, data: Data, seed: int, steps: int) -
         for count in range(1, steps + 1):
             batch, begin = next(stream), time.process_time()
             step(batch)
+            trainable.after_step()
             seconds += time.process_time() - begin
             done = count
             if count in due:

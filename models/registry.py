@@ -46,6 +46,10 @@ summed out, or by reweighted wake–sleep."""
 Data = tuple[Tensor, ...]
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Trainable:
     """A model and a guide, and what is known exactly about them.
@@ -64,6 +68,7 @@ class Trainable:
             values of those that the store does not have yet; None if there is no `em_step`.
         em_step: One step of expectation maximization, from these parameters and data to new ones;
             None where there is none.
+        after_step: To be called after every step of an optimizer.
     """
 
     model: Callable[..., Any]
@@ -73,6 +78,7 @@ class Trainable:
     bound: Callable[..., Tensor] | None = None
     params: Callable[[], dict[str, Tensor]] | None = None
     em_step: Callable[..., dict[str, Tensor]] | None = None
+    after_step: Callable[[], None] = _nothing
 
 
 @dataclass(frozen=True)
@@ -210,7 +216,7 @@ def _eight_schools(seed: int) -> Trainable:
 
 def _sparse_gamma_def(seed: int) -> Trainable:
     net = sparse_gamma_def.SparseGammaDEF()
-    return Trainable(net.model, net.guide)
+    return Trainable(net.model, net.guide, after_step=net.clip)
 
 
 def _vae(seed: int) -> Trainable:

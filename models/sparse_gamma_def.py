@@ -69,7 +69,7 @@ class SparseGammaDEF:
             for name in LAYERS:
                 rate = self.latent_shape / mean
                 z = pyro.sample(f"z_{name}", dist.Gamma(self.latent_shape, rate).to_event(1))
-                mean = z @ weights[name]
+                mean = (z.unsqueeze(-2) @ weights[name]).squeeze(-2)  # also with particles
             pyro.sample("x", dist.Poisson(mean).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:

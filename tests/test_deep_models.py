@@ -319,6 +319,18 @@ def test_def_is_the_sum_of_its_layers() -> None:
     assert float(trace.log_prob_sum()) == pytest.approx(float(total))
 
 
+def test_particles_of_the_def_do_not_mix() -> None:
+    x, net = sparse_gamma_def.make_data(0, 3), SparseGammaDEF((2, 3, 4, 64))
+    with pyro.plate("particles", 2, dim=-2):
+        trace = poutine.trace(net.model).get_trace(x)
+    mean = trace.nodes["x"]["fn"].base_dist.rate
+    assert mean.shape == (2, 3, 64)
+    for particle in range(2):
+        z = trace.nodes["z_bottom"]["value"][particle]
+        weights = trace.nodes["w_bottom"]["value"][particle, 0]
+        torch.testing.assert_close(mean[particle], z @ weights)
+
+
 def test_def_clips_its_guide_only() -> None:
     x, net = sparse_gamma_def.make_data(0, 3), SparseGammaDEF((2, 3, 4, 64))
     net.guide(x)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from models import bayesian_regression
 from models.bayesian_regression import with_intercept
-from models.fvsbn import softmax_logits, softmax_regression
+from models.softmax import softmax_logits, softmax_regression
 from models.values import as_default, normal, stored
 
 _FEATURES = (2, 3, 8)

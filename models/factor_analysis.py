@@ -21,19 +21,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from models.values import as_default, normal, stored
-
-
-class Optimum(NamedTuple):
-    """The best parameters for given data.
-
-    Attributes:
-        params: Parameters by name.
-        log_likelihood: Their total log likelihood in nats, a scalar.
-    """
-
-    params: dict[str, Tensor]
-    log_likelihood: Tensor
+from models.values import Optimum, as_default, normal, stored
 
 
 class _Posterior(NamedTuple):

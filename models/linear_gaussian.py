@@ -27,19 +27,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from models.values import as_default, normal, stored
-
-
-class Optimum(NamedTuple):
-    """The best parameters for given data.
-
-    Attributes:
-        params: Parameters by name.
-        log_likelihood: Their total log likelihood in nats, a scalar.
-    """
-
-    params: dict[str, Tensor]
-    log_likelihood: Tensor
+from models.values import Optimum, as_default, eye, normal, second_generator, stored, uniform
 
 
 class _Joint(NamedTuple):
@@ -140,7 +128,7 @@ class LinearGaussianNetwork:
             elif name.startswith("bias."):
                 value = 0.1 * normal(shape, generator)
             else:
-                value = 0.5 + _uniform(shape, generator)
+                value = 0.5 + uniform(shape, generator)
             values[name] = as_default(value)
         return values
 
@@ -156,7 +144,9 @@ class LinearGaussianNetwork:
         Returns:
             Parameters by name, in the default dtype and on the default device.
         """
-        return {name: as_default(value) for name, value in self._truth(_generator(seed)).items()}
+        return {
+            name: as_default(value) for name, value in self._truth(second_generator(seed)).items()
+        }
 
     def make_data(self, seed: int, size: int) -> Tensor:
         """Samples data from the network of `truth`.
@@ -170,7 +160,7 @@ class LinearGaussianNetwork:
         Returns:
             Data, shape [size, observed], in the default dtype and on the default device.
         """
-        generator = _generator(seed)
+        generator = second_generator(seed)
         truth = self._truth(generator)
         values: dict[str, Tensor] = {}
         for node in self.order:
@@ -265,7 +255,7 @@ class LinearGaussianNetwork:
         """
         self._columns(x)
         mean, covariance = self._posterior(params, x)
-        units = _eye(len(self.order), x)
+        units = eye(len(self.order), x)
         hidden = units[self._positions(self.hidden)]
         observed = units[self._positions(self.observed)]
         return self._regressions(mean @ hidden + x @ observed, hidden.T @ covariance @ hidden)
@@ -317,11 +307,11 @@ class LinearGaussianNetwork:
             shape = self._shape(name)
             if name.startswith("weight."):
                 sign = normal(shape, generator).sign()
-                truth[name] = sign * (0.5 + 0.5 * _uniform(shape, generator))
+                truth[name] = sign * (0.5 + 0.5 * uniform(shape, generator))
             elif name.startswith("bias."):
                 truth[name] = normal(shape, generator)
             else:
-                truth[name] = 0.5 + _uniform(shape, generator)
+                truth[name] = 0.5 + uniform(shape, generator)
         return truth
 
     def _columns(self, x: Tensor) -> dict[str, Tensor]:
@@ -367,7 +357,7 @@ class LinearGaussianNetwork:
                 place = torch.tensor(self._positions(self.parents[node]), device=like.device)
                 row = row.scatter(0, place, params[f"weight.{node}"])
             rows.append(row)
-        errors = _eye(size, like) - torch.stack(rows)  # maps nodes to their errors and biases
+        errors = eye(size, like) - torch.stack(rows)  # maps nodes to their errors and biases
         bias = torch.stack([params.get(f"bias.{node}", zero) for node in self.order])
         scale = torch.stack([params.get(f"scale.{node}", zero + 1) for node in self.order])
         mean = torch.linalg.solve_triangular(
@@ -379,7 +369,7 @@ class LinearGaussianNetwork:
         """The distribution of the observed nodes."""
         mean, whitener = self._joint(params)
         observed = self._positions(self.observed)
-        units = _eye(len(mean), mean)
+        units = eye(len(mean), mean)
         root = torch.linalg.solve_triangular(whitener, units, upper=False)[observed]
         return dist.MultivariateNormal(mean[observed], root @ root.T)
 
@@ -442,21 +432,6 @@ def _check_names(parents: Mapping[str, tuple[str, ...]], hidden: set[str]) -> No
         raise ValueError(f"hidden nodes are not in the graph: {sorted(unknown)}")
     if not set(parents) - hidden:
         raise ValueError("at least one node must be observed")
-
-
-def _generator(seed: int) -> torch.Generator:
-    """A generator for truth and data, whose numbers are not those of `start` with this seed."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    other = torch.randint(2**31, (), generator=generator, device="cpu")
-    return generator.manual_seed(int(other))
-
-
-def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
-
-
-def _eye(size: int, like: Tensor) -> Tensor:
-    return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 def patients(seed: int = 0) -> LinearGaussianNetwork:

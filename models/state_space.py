@@ -22,7 +22,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from models.values import as_default, normal, stored
+from models.values import as_default, eye, normal, second_generator, stored, uniform
 
 _DAMPING = 0.9
 _TURN = 0.5  # radians per step
@@ -148,7 +148,7 @@ class StateSpace:
             "initial": normal((size,), generator),
             "transition": half + 0.1 * normal((size, size), generator),
             "emission": normal((self.num_visible, size), generator),
-            "scale": _NOISE * (0.5 + _uniform((self.num_visible,), generator)),
+            "scale": _NOISE * (0.5 + uniform((self.num_visible,), generator)),
         }
         return {name: as_default(value) for name, value in values.items()}
 
@@ -164,7 +164,9 @@ class StateSpace:
         Returns:
             Parameters by name, in the default dtype and on the default device.
         """
-        return {name: as_default(value) for name, value in self._truth(_generator(seed)).items()}
+        return {
+            name: as_default(value) for name, value in self._truth(second_generator(seed)).items()
+        }
 
     def make_data(self, seed: int, size: int) -> Tensor:
         """Samples sequences from the model of `truth`.
@@ -179,7 +181,7 @@ class StateSpace:
             Sequences, shape [size, length, visible], in the default dtype and on the default
             device.
         """
-        generator = _generator(seed)
+        generator = second_generator(seed)
         truth = self._truth(generator)
         state = truth["initial"] + normal((size, self.num_states), generator)
         states = [state]
@@ -217,7 +219,7 @@ class StateSpace:
         initial, transition, emission, scale = self._params()
         pushes = torch.cat([initial, initial.new_zeros((self.length - 1) * self.num_states)])
         # The visible units are a linear image of the noise that pushes the states.
-        image = torch.kron(_eye(self.length, x), emission) @ self._propagator(transition)
+        image = torch.kron(eye(self.length, x), emission) @ self._propagator(transition)
         covariance = image @ image.T + torch.diag(scale.square().repeat(self.length))
         with pyro.plate("data", x.shape[0], dim=-1):
             whole = dist.MultivariateNormal(image @ pushes, covariance)
@@ -325,21 +327,21 @@ class StateSpace:
     def _truth(self, generator: torch.Generator) -> dict[str, Tensor]:
         """True parameters in double precision on the CPU: a damped rotation, seen with noise."""
         size = self.num_states
-        angles = _TURN * (0.5 + _uniform((size, size), generator)).triu(1)
+        angles = _TURN * (0.5 + uniform((size, size), generator)).triu(1)
         direction = normal((size,), generator)
         return {
             "initial": 2 * direction / direction.norm(),
             "transition": _DAMPING * torch.linalg.matrix_exp(angles - angles.T),
             "emission": normal((self.num_visible, size), generator),
-            "scale": _NOISE * (0.5 + _uniform((self.num_visible,), generator)),
+            "scale": _NOISE * (0.5 + uniform((self.num_visible,), generator)),
         }
 
     def _propagator(self, transition: Tensor) -> Tensor:
         """Maps the noise of all steps to all states, shape [length × states, length × states]."""
-        identity = _eye(self.length, transition)
+        identity = eye(self.length, transition)
         before = torch.cat([torch.zeros_like(identity[:1]), identity[:-1]])
-        inverse = _eye(self.length * self.num_states, transition) - torch.kron(before, transition)
-        unit = _eye(len(inverse), transition)
+        inverse = eye(self.length * self.num_states, transition) - torch.kron(before, transition)
+        unit = eye(len(inverse), transition)
         result: Tensor = torch.linalg.solve_triangular(
             inverse, unit, upper=False, unitriangular=True
         )
@@ -348,7 +350,7 @@ class StateSpace:
     def _filter(self, params: Mapping[str, Tensor], x: Tensor) -> _Filtered:
         """Runs the Kalman filter, in the form that is accurate with little noise."""
         transition, emission, scale = params["transition"], params["emission"], params["scale"]
-        identity = _eye(self.num_states, x)
+        identity = eye(self.num_states, x)
         scaled = emission / scale[:, None]
         constant = self.num_visible * math.log(2 * math.pi) + 2 * scale.log().sum()
         means: list[Tensor] = []
@@ -373,7 +375,7 @@ class StateSpace:
     def _backward(self, params: Mapping[str, Tensor], filtered: _Filtered) -> list[_Backward]:
         """Each state but the last given the next one and the data, by step."""
         transition = params["transition"]
-        identity = _eye(self.num_states, transition)
+        identity = eye(self.num_states, transition)
         links = []
         for mean, covariance in zip(filtered.means[:-1], filtered.covariances[:-1], strict=True):
             prior = transition @ covariance @ transition.T + identity
@@ -398,21 +400,6 @@ class StateSpace:
             torch.stack(covariances[::-1]),
             torch.stack(cross[::-1]),
         )
-
-
-def _eye(size: int, like: Tensor) -> Tensor:
-    return torch.eye(size, dtype=like.dtype, device=like.device)
-
-
-def _generator(seed: int) -> torch.Generator:
-    """A generator for truth and data, whose numbers are not those of `start` with this seed."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    other = torch.randint(2**31, (), generator=generator, device="cpu")
-    return generator.manual_seed(int(other))
-
-
-def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 _system = StateSpace()

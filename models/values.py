@@ -1,10 +1,23 @@
 """What several models need around their parameters' values: precision, device, the store."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import pyro
 import torch
 from torch import Tensor
+
+
+class Optimum(NamedTuple):
+    """The best parameters for given data.
+
+    Attributes:
+        params: Parameters by name.
+        log_likelihood: Their total log likelihood in nats, a scalar.
+    """
+
+    params: dict[str, Tensor]
+    log_likelihood: Tensor
 
 
 def as_default(value: Tensor) -> Tensor:
@@ -45,3 +58,43 @@ def stored(initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: store[name].detach() if name in store else value for name, value in initial.items()
     }
+
+
+def second_generator(seed: int) -> torch.Generator:
+    """A generator for truth and data, whose numbers are not those of a start with this seed.
+
+    Args:
+        seed: The seed.
+
+    Returns:
+        A generator of the CPU.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    other = torch.randint(2**31, (), generator=generator, device="cpu")
+    return generator.manual_seed(int(other))
+
+
+def uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Uniform numbers that are the same with every default precision and device.
+
+    Args:
+        shape: Their shape.
+        generator: A generator of the CPU.
+
+    Returns:
+        Numbers in double precision on the CPU.
+    """
+    return torch.rand(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
+
+
+def eye(size: int, like: Tensor) -> Tensor:
+    """The identity matrix, in the precision and on the device of a tensor.
+
+    Args:
+        size: Rows of the matrix.
+        like: The tensor.
+
+    Returns:
+        Matrix of shape [size, size].
+    """
+    return torch.eye(size, dtype=like.dtype, device=like.device)

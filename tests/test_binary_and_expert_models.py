@@ -18,8 +18,9 @@ from torch.distributions import transform_to
 
 from models import experts, fvsbn, shifter
 from models.experts import LinearExperts
-from models.fvsbn import FullyVisible, softmax_logits, softmax_regression
+from models.fvsbn import FullyVisible
 from models.helmholtz import Helmholtz
+from models.softmax import softmax_logits, softmax_regression
 from models.values import as_default, normal
 
 Params = Mapping[str, Tensor]

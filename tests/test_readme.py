@@ -34,6 +34,17 @@ def test_example_runs_and_trains(capsys):
     assert loss < independent_pixels + 0.5
 
 
+EXAMPLES = re.findall(r"<!-- example -->\n```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(1, len(EXAMPLES)))
+def test_other_examples_run(number, capsys):
+    assert README.count("```python") == len(EXAMPLES)
+    torch.set_default_dtype(torch.float32)
+    exec(EXAMPLES[number], {})
+    assert capsys.readouterr().out
+
+
 def test_commands_do_all_the_set_up():
     for marker in ("command: main", "command: test"):
         command = block(marker).strip()

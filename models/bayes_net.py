@@ -574,7 +574,7 @@ def _given(
         if values is None:
             values, axis = torch.arange(net.size(node), device="cpu"), 1 + hidden.index(node)
         index.append(values.reshape([-1 if i == axis else 1 for i in range(1 + len(hidden))]))
-    table = net.tables[family[-1]].double()[tuple(index)]
+    table = net.tables[family[-1]].double().cpu()[tuple(index)]
     return hidden, table.expand(cases, *table.shape[1:])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,24 +90,23 @@ def _picked(part: Tensor, size: int, gate: SampleGate) -> list[Tensor] | None:
     return places or None
 
 
-def _tables(part: Tensor, stops: frozenset[Edge]) -> list[object] | None:
+def _tables(part: Tensor, stops: frozenset[Edge]) -> list[Any] | None:
     """The operations that pick elements, behind which all leaves are; None if some are not."""
-    found: dict[int, object] = {}
-    seen: set[int] = set()
-    waiting = [(part.grad_fn, part.output_nr)]
+    found: list[Any] = []
+    seen: set[Any] = set()  # nodes themselves: another one may get the number of one let go
+    waiting: list[Edge] = [(part.grad_fn, part.output_nr)]
     while waiting:
         node, number = waiting.pop()
-        if (node, number) in stops or id(node) in seen:
+        if (node, number) in stops or node in seen:
             continue
-        seen.add(id(node))
-        assert node is not None
+        seen.add(node)
         if hasattr(node, "variable"):
             return None
         if picked_places(node) is not None:
-            found[id(node)] = node
-            continue
-        waiting += [edge for edge in node.next_functions if edge[0] is not None]
-    return list(found.values())
+            found.append(node)
+        else:
+            waiting += [edge for edge in node.next_functions if edge[0] is not None]
+    return found
 
 
 def _holds(

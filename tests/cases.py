@@ -55,8 +55,9 @@ class Case:
 
 def value(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
     """Fixed seeded values in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return scale * values.to(torch.get_default_device())
 
 
 def logits(name: str, seed: int, *shape: int) -> Tensor:

@@ -61,8 +61,8 @@ def test_the_gradient_is_that_of_the_program() -> None:
 def tiny() -> HiddenNodes:
     """A hidden coin before an observed one, with tables of 2 and 2 x 3 states."""
     tables = {
-        "h": torch.tensor([0.3, 0.7], dtype=torch.float64),
-        "v": torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]], dtype=torch.float64),
+        "h": torch.tensor([0.3, 0.7], dtype=torch.float64, device="cpu"),
+        "v": torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]], dtype=torch.float64, device="cpu"),
     }
     states = {"h": ("0", "1"), "v": ("0", "1", "2")}
     return HiddenNodes(DiscreteNet(states, {"h": (), "v": ("h",)}, tables), ("h",))

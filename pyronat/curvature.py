@@ -216,36 +216,39 @@ class UnitFactor(Factor):
         if self.repeated:
             spread = spread.sum(self.repeated, keepdim=True)
         fisher, bounds = wide.reshape(-1, size, size), bounds.reshape(-1)
-        flat = elements = spread.reshape(-1)
-        if self.table is not None:
-            # Elements of one row of a table have everything in common but their weights.
-            first = self.table.first
-            flat = flat.new_zeros(len(first)).index_add_(0, self.table.numbers, flat)
-            fisher, bounds = fisher[first], bounds[first]
-        jacobian = self.jacobian.unflatten(0, (len(fisher), size)).movedim(2, 0)
+        flat = spread.reshape(-1)
+        jacobian = self.jacobian.unflatten(0, (-1, size)).movedim(2, 0)
         tiny = torch.finfo(flat.dtype).tiny
-        weighted = (flat[:, None, None] * fisher) @ jacobian
+        weighted = self._by_row(flat[:, None, None] * fisher) @ jacobian
         if self.bound is None:
             largest, roots = weighted, fisher.diagonal(dim1=1, dim2=2).sqrt()
         else:
-            largest, roots = (flat * bounds)[:, None, None] * jacobian, bounds.sqrt().unsqueeze(1)
+            largest = self._by_row(flat * bounds)[:, None, None] * jacobian
+            roots = bounds.sqrt().unsqueeze(1)
         leverage = (largest * jacobian).sum((1, 2, 3))
-        norms = roots * jacobian.abs().sum(-1)
+        sums = jacobian.abs().sum(-1)
+        norms = roots * (sums if self.table is None else sums[:, self.table.numbers])
         operator: BlockOperator | None = None
         if with_matrix and self.diagonal:
             operator = Diagonal((jacobian * weighted).sum((1, 2)))
         elif with_matrix:
             operator = BlockMatrix(jacobian.flatten(1, 2).mT @ weighted.flatten(1, 2))
         # A unit that only some data reach, as the row of a table, is judged by those.
-        reached = norms.amax(-1) > 0
-        touched = (reached if self.table is None else reached[:, self.table.numbers]) * elements
-        joined = prod(spread.shape[spread.dim() - joined_dims(self.record.distribution) :])
-        data = touched.reshape(len(touched), -1, joined).amax(-1)
+        touched = (norms.amax(-1) > 0) * flat
+        elements = prod(spread.shape[spread.dim() - joined_dims(self.record.distribution) :])
+        data = touched.reshape(len(touched), -1, elements).amax(-1)
         return Curvature(
             operator,
             leverage=leverage / data.sum(1).clamp_min(tiny),
             reach=2 * (norms.amax(-1) @ flat) / touched.sum(1).clamp_min(tiny),
         )
+
+    def _by_row(self, values: Tensor) -> Tensor:
+        """Values of the elements `[elements, ...]`, summed over those of each row of a table."""
+        if self.table is None:
+            return values
+        total = values.new_zeros(len(self.table.first), *values.shape[1:])
+        return total.index_add_(0, self.table.numbers, values)
 
 
 def gram(weights: Tensor, inputs: Tensor) -> Tensor:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
 
 from models import bayes_net
 from models.hidden_nodes import HiddenNodes
 from models.mixture import GaussianMixture
-from pyronat import observation, tables
+from pyronat import NaturalGradient, NaturalSVI, observation, tables
 from pyronat.autograd import SampleGate, jacobian
 from pyronat.geometry import Full, Visible
 from pyronat.study import fisher
 
 ELEMENTS = 60
+PARALLEL = {"infer": {"enumerate": "parallel"}}
 
 
 def leaf(*shape: int) -> Tensor:
@@ -119,7 +123,23 @@ def mixture() -> tuple[Callable[..., None], Callable[..., None], Tensor]:
     return net.model, net.guide, net.sample(net.start(1), 150, 0)
 
 
-@pytest.mark.parametrize("make", [hidden_nodes, mixture])
+def beside_data() -> tuple[Callable[..., None], Callable[..., None], Tensor]:
+    """Coordinates and Fisher information that differ between elements of one row."""
+    offset = torch.linspace(-3, 3, 150)
+
+    def model(x: Tensor) -> None:
+        logits = pyro.param("logits", lambda: torch.tensor([0.5, -1.0]))
+        loc = pyro.param("loc", lambda: torch.tensor([[0.5, 1.0], [-1.0, 2.0]]))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.4, 0.6])), **PARALLEL)
+            near = dist.Normal(loc[k], offset.exp().unsqueeze(-1)).to_event(1)
+            pyro.sample("x", near, obs=x)
+            pyro.sample("y", dist.Bernoulli(logits=logits[k] + offset), obs=x[:, 0] * 0)
+
+    return model, lambda x: None, torch.randn(150, 2)
+
+
+@pytest.mark.parametrize("make", [hidden_nodes, mixture, beside_data])
 @pytest.mark.parametrize("geometry", [Full("model"), Visible(0.1, posterior="enumerate")])
 def test_the_metric_is_that_of_all_elements(make, geometry, monkeypatch):
     """With the same dreams, the Fisher information by rows is that by elements."""
@@ -138,3 +158,21 @@ def test_the_metric_is_that_of_all_elements(make, geometry, monkeypatch):
     by_rows = dense(watched)
     assert any(rows is not None for rows in used)
     torch.testing.assert_close(by_rows, dense(lambda *_: None), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [hidden_nodes, mixture, beside_data])
+def test_steps_are_those_of_all_elements(make, monkeypatch):
+    """Leverage and reach too: a damped step is the same."""
+    model, guide, x = make()
+
+    def stepped(rows: Callable[..., tables.TableRows | None]) -> dict[str, Tensor]:
+        monkeypatch.setattr(observation, "table_rows", rows)
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = NaturalSVI(model, guide, NaturalGradient(), TraceEnum_ELBO(max_plate_nesting=1))
+        svi.step(x)
+        return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+
+    by_rows, by_elements = stepped(tables.table_rows), stepped(lambda *_: None)
+    for name, value in by_rows.items():
+        torch.testing.assert_close(value, by_elements[name], rtol=1e-9, atol=1e-9)

@@ -97,45 +97,45 @@ BLOCK = Refusal(BlockTooLarge, "dense")  # networks of more than 2048 entries ar
 READS_DATA = Refusal(NoGuideOnDreams, "observations")  # the guide takes all notes as one tensor
 TABLE: dict[str, Row] = {
     # Mixtures and chains, summed out. Low ends: EM from four starts, and a little less.
-    "mixture": Row(200, 60, (3.055, 3.105), (3.055, 3.082), (3.055, 3.066)),
-    "latent class": Row(200, 60, (5.427, 5.462), (5.427, 5.452), (5.427, 5.439)),
-    "noisy-or": Row(200, 60, (6.523, 6.536), (6.523, 6.542), (6.523, 6.535)),
-    "hmm": Row(200, 60, (6.518, 6.600), (6.518, 6.575), (6.518, 6.545)),
-    # The visible geometry may stay on a plateau for some of the seeds.
-    "experts": Row(442, 150, (0.988, 1.030), (0.988, 0.992), (0.988, 1.120)),
+    "mixture": Row(200, 60, (3.055, 3.098), (3.055, 3.080), (3.055, 3.066)),
+    "latent class": Row(200, 60, (5.427, 5.460), (5.427, 5.453), (5.427, 5.443)),
+    "noisy-or": Row(200, 60, (6.523, 6.534), (6.523, 6.540), (6.523, 6.535)),
+    "hmm": Row(200, 60, (6.518, 6.590), (6.518, 6.565), (6.518, 6.540)),
+    # The visible geometry stays on a plateau for half of the seeds.
+    "experts": Row(442, 150, (0.988, 1.015), (0.988, 0.990), (0.988, 1.120)),
     # The full geometry is damped too much for tables of 87 states: see SLOW.
     "lda": Row(10, 20, (30.5, 34.5), (30.5, 39.7), Refusal(NoGuideOnDreams, "topic")),
     # Exact posteriors as guides, or nothing hidden. Low ends: EM, or the known optimum.
-    "factor analysis": Row(200, 60, (15.773, 16.25), (15.773, 15.80), (15.773, 15.785)),
-    "ppca": Row(200, 50, (17.4076, 17.60), (17.4076, 17.409)),
-    "linear Gaussian": Row(200, 80, (11.589, 11.75), (11.589, 11.625), (11.589, 11.61)),
-    "state space": Row(100, 50, (84.95, 87.3), (84.95, 85.2), (84.95, 85.03)),
-    "fvsbn": Row(200, 50, (9.0773, 9.14), (9.0773, 9.0785)),
-    # Wake-sleep on minibatches. Low ends: some seeds, and less; the entropy of the data is far.
-    "helmholtz": Row(200, 80, (9.3, 10.6), (9.2, 9.6), (9.0, 9.45), batch=100),
-    "bars": Row(200, 80, (4.6, 7.0), (3.0, 4.0), (2.7, 3.4), batch=100),
-    "kirby bars": Row(200, 80, (3.1, 4.1), (2.6, 3.5), (2.5, 3.35), batch=100),
-    "shifter": Row(200, 80, (3.7, 4.3), (3.5, 4.0), (2.85, 3.5), batch=100),
+    "factor analysis": Row(200, 60, (15.773, 16.20), (15.773, 15.785), (15.773, 15.780)),
+    "ppca": Row(200, 50, (17.4076, 17.54), (17.4076, 17.4085)),
+    "linear Gaussian": Row(200, 60, (11.589, 11.80), (11.589, 11.65), (11.589, 11.64)),
+    "state space": Row(100, 40, (84.95, 87.2), (84.95, 85.3), (84.95, 85.04)),
+    "fvsbn": Row(200, 50, (9.0773, 9.12), (9.0773, 9.078)),
+    # Wake–sleep on minibatches. Low ends: some seeds, and less; the entropy of the data is far.
+    "helmholtz": Row(200, 80, (9.3, 10.6), (9.2, 9.55), (9.0, 9.40), batch=100),
+    "bars": Row(200, 80, (4.6, 6.8), (3.0, 4.0), (2.7, 3.55), batch=100),
+    "kirby bars": Row(200, 80, (3.1, 4.0), (2.6, 3.4), (2.5, 3.25), batch=100),
+    "shifter": Row(200, 80, (3.7, 4.25), (3.5, 3.95), (2.85, 3.45), batch=100),
     # Guides. Low ends: the evidence, or some seeds, and less.
-    "linear regression": Row(442, 60, (1.129, 1.75), (1.1295, 1.14), particles=20, judges=1000),
+    "linear regression": Row(442, 60, (1.129, 1.75), (1.1295, 1.137), particles=20, judges=1000),
     # The default without a metric stands still from step 5 on, as the guide's scale has shrunk.
     "logistic regression": Row(
-        200, 60, (0.1475, 0.30), (0.1475, 0.165), particles=20, judges=1000, adam=0.03
+        200, 60, (0.1475, 0.30), (0.1475, 0.16), particles=20, judges=1000, adam=0.03
     ),
-    "eight schools": Row(8, 100, (3.912, 4.0), (3.912, 3.975), particles=20, judges=1000),
-    "sparse gamma def": Row(50, 150, (175.0, 193.0), (165.0, 180.0), judges=10),
-    "vae": Row(200, 150, (24.0, 26.6), (17.0, 20.0), BLOCK, batch=100, judges=50),
+    "eight schools": Row(8, 100, (3.912, 3.99), (3.912, 3.97), particles=20, judges=1000),
+    "sparse gamma def": Row(50, 150, (175.0, 193.0), (165.0, 179.0), judges=10),
+    "vae": Row(200, 150, (24.0, 26.4), (17.0, 20.0), BLOCK, batch=100, judges=50),
     # So few steps reach the plateau of notes that do not depend on the code.
-    "dmm": Row(60, 40, (60.0, 67.5), (50.0, 68.0), READS_DATA, batch=30, judges=20),
+    "dmm": Row(60, 40, (60.0, 67.0), (50.0, 68.5), READS_DATA, batch=30, judges=20),
     # Discrete networks with hidden nodes. Low ends: EM from four starts, and a little less.
-    "earthquake": Row(200, 60, (0.542, 0.62), (0.542, 0.585), (0.542, 0.546)),
-    "cancer": Row(200, 60, (2.0095, 2.018), (2.0095, 2.013), (2.0095, 2.011)),
-    "survey": Row(200, 60, (3.444, 3.49), (3.444, 3.46), (3.444, 3.45)),
-    "asia": Row(200, 60, (2.028, 2.10), (2.028, 2.19), (2.028, 2.04)),
-    "sachs": Row(200, 60, (7.69, 7.82), (7.69, 7.88), (7.69, 7.92)),
-    "child": Row(200, 40, (11.66, 11.88), (11.66, 11.83), (11.66, 11.78)),
-    "alarm": Row(200, 30, (13.67, 15.2), (13.67, 14.05), (13.67, 13.95)),
-    "insurance": Row(200, 30, (17.88, 18.6), (17.88, 18.2), (17.88, 18.2)),
+    "earthquake": Row(200, 60, (0.542, 0.590), (0.542, 0.575), (0.542, 0.544)),
+    "cancer": Row(200, 60, (2.0095, 2.0140), (2.0095, 2.0106), (2.0095, 2.0100)),
+    "survey": Row(200, 60, (3.444, 3.465), (3.444, 3.452), (3.444, 3.447)),
+    "asia": Row(200, 60, (2.028, 2.080), (2.028, 2.160), (2.028, 2.035)),
+    "sachs": Row(200, 60, (7.69, 7.80), (7.69, 7.85), (7.69, 7.97)),
+    "child": Row(200, 30, (11.66, 11.95), (11.66, 11.84), (11.66, 11.80)),
+    "alarm": Row(200, 20, (13.67, 15.2), (13.67, 14.1), (13.67, 14.1)),
+    "insurance": Row(200, 20, (17.88, 18.75), (17.88, 18.35), (17.88, 18.35)),
 }
 SLOW = {("lda", "full")}
 """Trainings that are stable but far from done: 4 · lr · leverage / surprise of `LeverageDamping` is
@@ -350,7 +350,7 @@ def test_importance_weights_average_to_the_likelihood(name: str, spread: float) 
         losses = [loss.loss(trainable.model, trainable.guide, datum) for _ in range(100)]
         ratios = (-torch.tensor(losses) - exact(trainable, (datum,))).exp()
         assert abs(z_score(ratios, 1.0)) < 4
-        assert abs(z_score(ratios, 1.1)) > 4 or ratios.std() > 0.2  # it could tell a wrong one
+        assert abs(z_score(ratios, 1.2)) > 4  # it can tell a wrong one
 
 
 @pytest.mark.parametrize("document", [0, 1])

@@ -357,7 +357,7 @@ def cell(point: Point | None, reference: Point | None) -> str:
     """
     if point is None:
         return "–"
-    text = f"{point.iteration} · {point.seconds:.2g} s"
+    text = f"{point.iteration} · {point.seconds:.3g} s"
     if reference is not None and reference is not point and point.iteration:
         text += f" ({reference.iteration / point.iteration:.1f}×)"
     return text

@@ -35,14 +35,15 @@ from pathlib import Path
 import pyro
 import torch
 from matplotlib.figure import Figure
-from pyro.infer import SVI, TraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
 from tqdm import tqdm
 
 import pyronat
+from examples.comparison import Step, adam, markdown
 from models import bayes_net
 from models.hidden_nodes import HiddenNodes
-from pyronat.steps import LevenbergMarquardt, LinearDecay
+from pyronat.steps import LevenbergMarquardt
 
 Params = dict[str, Tensor]
 
@@ -249,20 +250,18 @@ def gained_nothing(points: Sequence[Point]) -> bool:
     return new.train - old.train < 1e-9 * abs(new.train) * (new.iteration - old.iteration)
 
 
-def descend(problem: Problem, svi: SVI | pyronat.NaturalSVI) -> Iterator[Params]:
+def descend(problem: Problem, step: Step) -> Iterator[Params]:
     """Steps of an optimizer without end.
 
     Args:
         problem: The problem, whose start is in the store.
-        svi: The optimizer.
+        step: Takes a step.
 
     Yields:
         Tables.
     """
     while True:
-        svi.step(problem.x)
-        if isinstance(svi, SVI):
-            svi.optim.step()  # the schedule
+        step((problem.x,))
         yield problem.stored()
 
 
@@ -289,7 +288,7 @@ def run_all(problem: Problem, settings: Settings) -> list[Run]:
     svi = pyronat.NaturalSVI(problem.net.model, problem.net.guide, natural, loss)
     points, error = follow(
         problem,
-        descend(problem, svi),
+        descend(problem, lambda data: svi.step(*data)),
         settings.visible_steps,
         lambda path: all(reached(path[-1]) for reached in goal),
     )
@@ -298,14 +297,9 @@ def run_all(problem: Problem, settings: Settings) -> list[Run]:
 
     for rate in settings.rates:
         problem.fill_store()
-        schedule = {
-            "optimizer": torch.optim.Adam,
-            "optim_args": {"lr": rate},
-            "lr_lambda": LinearDecay(1.0, settings.adam_steps),
-        }
-        adam = SVI(problem.net.model, problem.net.guide, pyro.optim.LambdaLR(schedule), loss)
+        step = adam(problem.net.model, problem.net.guide, loss, rate, settings.adam_steps)
         points, error = follow(
-            problem, descend(problem, adam), settings.adam_steps, lambda path: False
+            problem, descend(problem, step), settings.adam_steps, lambda path: False
         )
         runs.append(Run(*head, ADAM, rate, hidden, (), points, error))
     return runs
@@ -378,7 +372,6 @@ def table(problems: Sequence[Sequence[Run]]) -> str:
             *("training within 2 nats after", "held-out at the end"),
         )
     ]
-    rows.append(("---",) * len(rows[0]))
     ratios: dict[str, list[float]] = {}
     for runs in problems:
         goal = targets(runs[0])
@@ -394,13 +387,12 @@ def table(problems: Sequence[Sequence[Run]]) -> str:
                 assert theirs is not None
                 ratio = 0.0 if own is None else theirs.iteration / max(own.iteration, 1)
                 ratios.setdefault(run.network, []).append(ratio)
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
     sentences = [
         f"{network}: EM needs {statistics.median(some):.1f} times the iterations of the visible"
         f" natural gradient (median of {len(some)}: {', '.join(f'{r:.1f}' for r in sorted(some))})."
         for network, some in ratios.items()
     ]
-    return "\n".join([*lines, "", *sentences])
+    return "\n".join([markdown(rows), "", *sentences])
 
 
 def plot_curves(problems: Sequence[Sequence[Run]], path: Path) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from models import bayesian_regression
 from models.bayesian_regression import with_intercept
 from models.softmax import softmax_logits, softmax_regression
-from models.values import as_default, normal, stored
+from models.values import as_default, normal, stored, uniform
 
 _FEATURES = (2, 3, 8)
 """Body mass index, mean blood pressure, and the logarithm of the serum triglycerides."""
@@ -98,11 +98,10 @@ class LinearExperts:
         """
         generator = torch.Generator("cpu").manual_seed(seed)
         experts, columns = self.num_experts, self.num_features + 1
-        uniform = torch.rand(experts, generator=generator, dtype=torch.float64, device="cpu")
         return {
             "gate": as_default(0.5 * normal((experts - 1, columns), generator)),
             "weight": as_default(0.5 * normal((experts, columns), generator)),
-            "scale": as_default(0.5 + uniform),
+            "scale": as_default(0.5 + uniform((experts,), generator)),
         }
 
     def model(self, x: Tensor, y: Tensor) -> None:

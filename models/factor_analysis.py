@@ -21,7 +21,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from models.values import Optimum, as_default, normal, stored
+from models.values import Optimum, as_default, normal, stored, uniform
 
 
 class _Posterior(NamedTuple):
@@ -252,8 +252,7 @@ class FactorAnalysis:
 
     def _noise(self, generator: torch.Generator) -> Tensor:
         shape = () if self.isotropic else (self.num_visible,)
-        uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
-        return self.noise * (0.5 + uniform)
+        return self.noise * (0.5 + uniform(shape, generator))
 
     def _covariance(self, loadings: Tensor, noise: Tensor) -> Tensor:
         """Covariance of the data, shape [visible, visible]."""

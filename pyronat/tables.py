@@ -77,22 +77,18 @@ def _picked(part: Tensor, size: int, gate: SampleGate) -> list[Tensor] | None:
     """Places that each element is read from `[elements]`, one for each table, or None."""
     if part.grad_fn is None:
         return None
-    nodes = _tables(part, gate.edges)
-    places = []
-    for node in nodes or ():
-        found = picked_places(node)
-        if found is None:
-            return None
-        try:
-            places.append(found.to(part.device).expand(part.shape).reshape(-1, size)[:, 0])
-        except RuntimeError:  # not the shape of the coordinates
-            return None
-    return places or None
+    try:
+        return [
+            found.to(part.device).expand(part.shape).reshape(-1, size)[:, 0]
+            for found in _tables(part, gate.edges)
+        ] or None
+    except RuntimeError:  # not the shape of the coordinates
+        return None
 
 
-def _tables(part: Tensor, stops: frozenset[Edge]) -> list[Any] | None:
-    """The operations that pick elements, behind which all leaves are; None if some are not."""
-    found: list[Any] = []
+def _tables(part: Tensor, stops: frozenset[Edge]) -> list[Tensor]:
+    """Places that are picked by operations behind which all leaves are; none if some are not."""
+    found: list[Tensor] = []
     seen: set[Any] = set()  # nodes themselves: another one may get the number of one let go
     waiting: list[Edge] = [(part.grad_fn, part.output_nr)]
     while waiting:
@@ -101,9 +97,10 @@ def _tables(part: Tensor, stops: frozenset[Edge]) -> list[Any] | None:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            return None
-        if picked_places(node) is not None:
-            found.append(node)
+            return []
+        places = picked_places(node)
+        if places is not None:
+            found.append(places)
         else:
             waiting += [edge for edge in node.next_functions if edge[0] is not None]
     return found

@@ -30,7 +30,7 @@ from torch import Tensor
 from models import bayesian_regression
 from models.bayesian_regression import with_intercept
 from models.softmax import softmax_logits, softmax_regression
-from models.values import as_default, normal, stored, uniform
+from models.values import as_default, normal, parameters, stored, uniform
 
 _FEATURES = (2, 3, 8)
 """Body mass index, mean blood pressure, and the logarithm of the serum triglycerides."""
@@ -112,10 +112,7 @@ class LinearExperts:
             y: Responses, shape [batch].
         """
         design = self._design(x, y)
-        gate, weight, scale = (
-            pyro.param(name, lambda name=name: self.initial[name], constraint=constraint)
-            for name, constraint in self.constraints.items()
-        )
+        gate, weight, scale = parameters(self).values()
         with pyro.plate("data", x.shape[0], dim=-1):
             choice = dist.Categorical(logits=softmax_logits(design, gate))
             expert = pyro.sample("expert", choice, infer={"enumerate": "parallel"})

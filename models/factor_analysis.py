@@ -21,7 +21,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from models.values import Optimum, as_default, normal, stored, uniform
+from models.values import Optimum, as_default, normal, parameters, stored, uniform
 
 
 class _Posterior(NamedTuple):
@@ -139,7 +139,7 @@ class FactorAnalysis:
         Args:
             x: Data, shape [batch, visible].
         """
-        loadings, noise = self._params()
+        loadings, noise = parameters(self).values()
         with pyro.plate("data", x.shape[0], dim=-1):
             prior = dist.Normal(x.new_zeros(self.num_factors), 1.0).to_event(1)
             z = pyro.sample("z", prior)
@@ -151,7 +151,7 @@ class FactorAnalysis:
         Args:
             x: Data, shape [batch, visible].
         """
-        loadings, noise = self._params()
+        loadings, noise = parameters(self).values()
         mean = loadings.new_zeros(self.num_visible)
         covariance = self._covariance(loadings, noise)
         with pyro.plate("data", x.shape[0], dim=-1):
@@ -241,14 +241,6 @@ class FactorAnalysis:
         loadings = (vectors[:, -self.num_factors :] * lengths).flip(-1)
         params = {"loadings": loadings, "noise": noise}
         return Optimum(params, self.log_likelihood(params, x))
-
-    def _params(self) -> tuple[Tensor, Tensor]:
-        """Loadings and noise variance from Pyro's parameter store."""
-        loadings, noise = (
-            pyro.param(name, lambda name=name: self.initial[name], constraint=constraint)
-            for name, constraint in self.constraints.items()
-        )
-        return loadings, noise
 
     def _noise(self, generator: torch.Generator) -> Tensor:
         shape = () if self.isotropic else (self.num_visible,)

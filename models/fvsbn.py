@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from models.softmax import softmax_regression
-from models.values import Optimum, as_default, normal
+from models.values import Optimum, as_default, normal, parameters
 
 _NUM_DIGITS = 1797
 
@@ -91,10 +91,7 @@ class FullyVisible:
             x: Data, 0 or 1 as floats, shape [batch, units].
         """
         columns = self._columns(x)
-        rows = [
-            pyro.param(name, lambda name=name: self.initial[name], constraint=constraint)
-            for name, constraint in self.constraints.items()
-        ]
+        rows = parameters(self).values()
         values: list[Tensor] = []
         with pyro.plate("data", x.shape[0], dim=-1):
             for unit, (row, column) in enumerate(zip(rows, columns, strict=True)):

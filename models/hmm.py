@@ -19,7 +19,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from models.values import as_default, normal, stored
+from models.values import as_default, normal, parameters, stored
 
 _STAY = 0.75
 _TYPICAL = 0.6
@@ -143,7 +143,7 @@ class DiscreteHMM:
             x: Symbols, torch.long, shape [batch, length].
         """
         columns = self._columns(x)
-        initial, transition, emission = self._params()
+        initial, transition, emission = parameters(self).values()
         state = None
         with pyro.plate("data", x.shape[0], dim=-1):
             for step in pyro.markov(range(self.length)):
@@ -218,14 +218,6 @@ class DiscreteHMM:
             "transition": _normalized(params["transition"] * pairs),
             "emission": _normalized(counts.T),
         }
-
-    def _params(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Initial, transition and emission probabilities from Pyro's parameter store."""
-        initial, transition, emission = (
-            pyro.param(name, lambda name=name: self.initial[name], constraint=constraint)
-            for name, constraint in self.constraints.items()
-        )
-        return initial, transition, emission
 
     def _columns(self, x: Tensor) -> tuple[Tensor, ...]:
         """The symbols step by step, each of shape [batch].

@@ -27,7 +27,16 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from models.values import Optimum, as_default, eye, normal, second_generator, stored, uniform
+from models.values import (
+    Optimum,
+    as_default,
+    eye,
+    normal,
+    parameters,
+    second_generator,
+    stored,
+    uniform,
+)
 
 
 class _Joint(NamedTuple):
@@ -175,7 +184,7 @@ class LinearGaussianNetwork:
             x: Data, shape [batch, observed].
         """
         columns = self._columns(x)
-        params = self._params()
+        params = parameters(self)
         values: dict[str, Tensor] = {}
         with pyro.plate("data", x.shape[0], dim=-1):
             for node in self.order:
@@ -192,7 +201,7 @@ class LinearGaussianNetwork:
             x: Data, shape [batch, observed].
         """
         self._columns(x)
-        visible = self._visible(self._params())
+        visible = self._visible(parameters(self))
         with pyro.plate("data", x.shape[0], dim=-1):
             pyro.sample("x", visible, obs=x)
 
@@ -277,13 +286,6 @@ class LinearGaussianNetwork:
             raise ValueError("the optimum is known in closed form without hidden nodes only")
         params = self.em_step(self.initial, x)  # nothing is hidden, so that one step is all
         return Optimum(params, self.log_likelihood(params, x))
-
-    def _params(self) -> dict[str, Tensor]:
-        """All parameters from Pyro's parameter store."""
-        return {
-            name: pyro.param(name, lambda name=name: self.initial[name], constraint=constraint)
-            for name, constraint in self.constraints.items()
-        }
 
     def _constraints(self) -> dict[str, Any]:
         constraints: dict[str, Any] = {}

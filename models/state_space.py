@@ -22,7 +22,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from models.values import as_default, eye, normal, second_generator, stored, uniform
+from models.values import as_default, eye, normal, parameters, second_generator, stored, uniform
 
 _DAMPING = 0.9
 _TURN = 0.5  # radians per step
@@ -198,7 +198,7 @@ class StateSpace:
             x: Sequences, shape [batch, length, visible].
         """
         steps = self._steps(x)
-        initial, transition, emission, scale = self._params()
+        initial, transition, emission, scale = parameters(self).values()
         state = None
         with pyro.plate("data", x.shape[0], dim=-1):
             for step in pyro.markov(range(self.length)):
@@ -216,7 +216,7 @@ class StateSpace:
             x: Sequences, shape [batch, length, visible].
         """
         self._steps(x)
-        initial, transition, emission, scale = self._params()
+        initial, transition, emission, scale = parameters(self).values()
         pushes = torch.cat([initial, initial.new_zeros((self.length - 1) * self.num_states)])
         # The visible units are a linear image of the noise that pushes the states.
         image = torch.kron(eye(self.length, x), emission) @ self._propagator(transition)
@@ -296,14 +296,6 @@ class StateSpace:
             "emission": emission,
             "scale": (residual + spread).sqrt(),
         }
-
-    def _params(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean of the first state, transition, emission and scale from Pyro's parameter store."""
-        initial, transition, emission, scale = (
-            pyro.param(name, lambda name=name: self.initial[name], constraint=constraint)
-            for name, constraint in self.constraints.items()
-        )
-        return initial, transition, emission, scale
 
     def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
         """The sequences step by step, each of shape [batch, visible].

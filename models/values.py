@@ -1,7 +1,7 @@
 """What several models need around their parameters' values: precision, device, the store."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -57,6 +57,21 @@ def stored(initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
     store = pyro.get_param_store()
     return {
         name: store[name].detach() if name in store else value for name, value in initial.items()
+    }
+
+
+def parameters(net: Any) -> dict[str, Tensor]:
+    """A program's parameters, from Pyro's store or made there on first use.
+
+    Args:
+        net: An object with `initial` values and `constraints`, both by name.
+
+    Returns:
+        Constrained values by name, in the order of the constraints.
+    """
+    return {
+        name: pyro.param(name, lambda name=name: net.initial[name], constraint=constraint)
+        for name, constraint in net.constraints.items()
     }
 
 

@@ -248,10 +248,11 @@ class _Sum:
 
     def add(self, night: Night) -> list[Tensor]:
         """Adds the dreams of one run that are still wanted; effective sample sizes of its parts."""
-        if self.design.kind == "visible" and not all(p.hidden for p in self.design.district.parts):
-            self._local.append(night.local(self.design.district, self.design.columns))
+        district = self.design.district
+        if self.design.kind == "visible" and district.hidden_parts != district.parts:
+            self._local.append(night.local(district, self.design.columns))
         ess = []
-        for part in self.design.district.hidden_parts:
+        for part in district.hidden_parts:
             count = night.num_data(part)
             left = self.design.num_dreams - self._taken[part.sites]
             chosen = torch.randperm(count)[:left].sort().values
@@ -354,7 +355,7 @@ class Night:
 
     def weights(self, part: Part) -> Tensor | None:
         """Weights of the particles `[particles, data]`, or None where the posterior is exact."""
-        if not self._guide_runs or not part.hidden:
+        if not self._guide_runs:
             return None
         if part not in self._weights:
             plates = self._plates(part)

@@ -98,10 +98,11 @@ class LinearExperts:
         """
         generator = torch.Generator("cpu").manual_seed(seed)
         experts, columns = self.num_experts, self.num_features + 1
+        scale = 0.5 + uniform((experts,), generator)
         return {
             "gate": as_default(0.5 * normal((experts - 1, columns), generator)),
             "weight": as_default(0.5 * normal((experts, columns), generator)),
-            "scale": as_default(0.5 + uniform((experts,), generator)),
+            "scale": as_default(scale),
         }
 
     def model(self, x: Tensor, y: Tensor) -> None:

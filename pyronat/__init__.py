@@ -6,8 +6,9 @@ from pyronat.blocks import ParamBlock
 from pyronat.errors import PyronatError
 from pyronat.geometry import Euclidean, Full, Visible
 from pyronat.graph import BayesNet, District, Site
-from pyronat.infer import NaturalSVI, StepInfo
+from pyronat.infer import NaturalSVI
 from pyronat.optim import NaturalGradient
+from pyronat.reports import JSONLines, StepInfo
 from pyronat.rws import ReweightedWakeSleep
 from pyronat.study import Fisher, VisibleFisher, fisher
 
@@ -17,6 +18,7 @@ __all__ = [
     "Euclidean",
     "Fisher",
     "Full",
+    "JSONLines",
     "NaturalGradient",
     "NaturalSVI",
     "ParamBlock",

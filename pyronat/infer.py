@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from pyro import poutine
@@ -32,6 +32,7 @@ from pyronat.programs import (
 )
 from pyronat.proposals import Proposal
 from pyronat.refresh import Call, Meter
+from pyronat.reports import StepInfo, describe
 from pyronat.sides import Role, Side
 from pyronat.tracing import (
     guide_messenger,
@@ -47,49 +48,8 @@ MAX_REJECTED = 3
 """Rejected steps in a row after which training stops with an error."""
 
 
-@dataclass(frozen=True)
-class StepInfo:
-    """What one step did.
-
-    Attributes:
-        step: number of the step, from 0.
-        loss: in nats.
-        accepted: whether the parameters were changed.
-        lr: learning rate.
-        kl: ½ lr² dᵀGd of the natural blocks in nats, summed over what the loss sums over.
-        grad_norm: Euclidean norm of the gradient of the natural blocks.
-        natural_norm: √(gᵀ(G + λ)⁻¹g) of the natural blocks.
-        cosine: of the angle between gradient and natural gradient.
-        damping: mean λ over units.
-        jitter: largest diagonal added to factor a block, beyond the damping.
-        mixing: share of the full geometry in the metric of the model; 1 for `Full`.
-        missing: largest share of information that hiding takes away in any direction, as the
-            metric has it, or None where no visible geometry was measured.
-        tries: steps that were tried; more than 1 where an adaptive rule undid some.
-        ess: mean effective sample size of the importance weights, or None.
-        dream_ess: 10 %, 50 % and 90 % quantiles of the effective sample size of the particles of
-            each dream at the last refresh, or None.
-        refreshed: whether curvature was measured.
-        seconds: wall-clock time of the step.
-    """
-
-    step: int
-    loss: float
-    accepted: bool
-    lr: float
-    kl: float
-    grad_norm: float
-    natural_norm: float
-    cosine: float
-    damping: float
-    jitter: float
-    mixing: float
-    missing: float | None
-    tries: int
-    ess: float | None
-    dream_ess: tuple[float, float, float] | None
-    refreshed: bool
-    seconds: float
+Callback: TypeAlias = Callable[[StepInfo, "NaturalSVI"], None]
+"""Called after each step with its report and the training."""
 
 
 class NaturalSVI:
@@ -102,6 +62,9 @@ class NaturalSVI:
         guide: its guide.
         optim: a `NaturalGradient`.
         loss: a Pyro ELBO that makes traces, or `pyronat.ReweightedWakeSleep`.
+        callbacks: called after each step, in turn, with its `StepInfo` and this object, such as
+            `pyronat.JSONLines`. The step has been taken then: what a callback raises ends
+            `step`, and parameters and optimizer are those after the step.
 
     Raises:
         TypeError: if `optim` is not a `NaturalGradient`.
@@ -128,6 +91,7 @@ class NaturalSVI:
         guide: Callable[..., Any],
         optim: NaturalGradient,
         loss: ELBO | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         if not isinstance(optim, NaturalGradient):
             raise TypeError(
@@ -136,6 +100,7 @@ class NaturalSVI:
             )
         self.model, self.guide, self.optim = model, guide, optim
         self.loss = Trace_ELBO() if loss is None else loss
+        self.callbacks = list(callbacks)
         self._analyzed = False
         self.info: StepInfo | None = None
         self._rejected = 0
@@ -203,11 +168,13 @@ class NaturalSVI:
             finally:
                 for leaf in params_of(capture.trace).values():
                     leaf.grad = None
-        info = self._describe(loss, sides, trial, refresh, call.start)
+        self._rejected = 0 if trial.finite else self._rejected + 1
+        samples = getattr(self.loss, "ess", None), self._dream_ess
+        info = describe(optim, sides, trial, loss, samples, refresh, self._rejected)
         if trial.accepted and trial.proposal is not None:
             optim.commit(sides, trial.proposal, trial.caution)
-        self.info = info
-        self._count_rejections(trial.finite, observer, info)
+        info = replace(info, seconds=time.perf_counter() - call.start)
+        self._finish(trial, observer, info)
         return loss
 
     def _refreshed(
@@ -390,64 +357,34 @@ class NaturalSVI:
                     params[name].add_(change)
         return True
 
-    def _describe(
-        self,
-        loss: float,
-        sides: Mapping[Role, Side],
-        trial: Trial,
-        refreshed: bool,
-        start: float,
-    ) -> StepInfo:
-        names = ("kl", "grad_norm", "natural_norm", "cosine", "damping")
-        values = [math.nan] * len(names)
-        if trial.proposal is not None:
-            values = torch.stack([trial.proposal.scalars[name] for name in names]).tolist()
-        jitter = max(
-            (block.factor.jitter for side in sides.values() for block in side.solved.values()),
-            default=0.0,
-        )
-        ess = getattr(self.loss, "ess", None)
-        spectra = sides["model"].spectra.values() if trial.proposal is not None else ()
-        return StepInfo(
-            step=self.optim.step_count,
-            loss=loss,
-            accepted=trial.accepted,
-            lr=self.optim.step_length(trial.used),
-            **dict(zip(names, values, strict=True)),
-            jitter=jitter,
-            mixing=self.optim.mixing(trial.used),
-            missing=max((some.missing() for some in spectra), default=None),
-            tries=trial.tries,
-            ess=None if ess is None else float(ess),
-            dream_ess=_quantiles(self._dream_ess),
-            refreshed=refreshed,
-            seconds=time.perf_counter() - start,
-        )
+    def _finish(self, trial: Trial, observer: LossObserver, info: StepInfo) -> None:
+        """Tells the callbacks, and raises where data or several steps in a row are at fault.
 
-    def _count_rejections(self, finite: bool, observer: LossObserver, info: StepInfo) -> None:
-        if finite:
-            self._rejected = 0
+        Args:
+            trial: what came of the gradient.
+            observer: has seen the traces of the loss.
+            info: the report.
+
+        Raises:
+            InvalidData: if the step was not finite and an observed value is NaN.
+            NonFiniteStep: after several steps in a row that were not finite.
+        """
+        self.info = info
+        for callback in self.callbacks:
+            callback(info, self)
+        if trial.finite:
             return
-        self._rejected += 1
         for record in observer.model_sites:
             if record.observed and bool(torch.isnan(record.value).any()):
                 raise InvalidData(
                     f"the data of site {record.name!r} hold NaN; the step was not taken. Mask "
                     "missing values with poutine.mask, and replace them by any number"
                 )
-        if self._rejected >= MAX_REJECTED:
+        if info.rejections >= MAX_REJECTED:
             raise NonFiniteStep(
-                f"{self._rejected} steps in a row were not finite (loss {info.loss}); parameters "
+                f"{info.rejections} steps in a row were not finite (loss {info.loss}); parameters "
                 "and optimizer are those of the last good step. Lower lr or raise the damping"
             )
-
-
-def _quantiles(ess: Tensor | None) -> tuple[float, float, float] | None:
-    if ess is None or not len(ess):
-        return None
-    shares = torch.tensor([0.1, 0.5, 0.9], dtype=ess.dtype, device=ess.device)
-    low, median, high = ess.quantile(shares).tolist()
-    return low, median, high
 
 
 def _mixed(seed: int, step: int) -> int:

@@ -37,6 +37,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"visible_exact"}),
     frozenset({"optim", "study", "refresh"}),
     frozenset({"trials"}),
+    frozenset({"reports"}),
     frozenset({"infer"}),
     frozenset({"__init__"}),
 )

@@ -1,0 +1,215 @@
+"""What a step reports: `StepInfo`, and a log of it in lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from pyronat.optim import NaturalGradient
+from pyronat.sides import Role, Side
+from pyronat.trials import Trial
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one step did.
+
+    Attributes:
+        step: number of the step, from 0.
+        loss: in nats.
+        accepted: whether the parameters were changed.
+        rejected: why they were not: "loss", "gradient" or "step" for what was not finite, "gain"
+            where an adaptive rule found no step that gains; or None.
+        rejections: steps in a row whose loss, gradient or step was not finite, this one included.
+        lr: learning rate.
+        kl: ½ lr² dᵀGd of the natural blocks in nats, summed over what the loss sums over.
+        grad_norm: Euclidean norm of the gradient of the natural blocks.
+        natural_norm: √(gᵀ(G + λ)⁻¹g) of the natural blocks.
+        cosine: of the angle between gradient and natural gradient.
+        damping: mean λ over units.
+        jitter: largest diagonal added to factor a block, beyond the damping.
+        mixing: share of the full geometry in the metric of the model; 1 for `Full`.
+        missing: largest share of information that hiding takes away in any direction, as the
+            metric has it, or None where no visible geometry was measured.
+        tries: steps that were tried; more than 1 where an adaptive rule undid some.
+        ess: mean effective sample size of the importance weights, or None.
+        dream_ess: 10 %, 50 % and 90 % quantiles of the effective sample size of the particles of
+            each dream at the last refresh, or None.
+        refreshed: whether curvature was measured.
+        seconds: wall-clock time of the step, without callbacks.
+    """
+
+    step: int
+    loss: float
+    accepted: bool
+    rejected: str | None
+    rejections: int
+    lr: float
+    kl: float
+    grad_norm: float
+    natural_norm: float
+    cosine: float
+    damping: float
+    jitter: float
+    mixing: float
+    missing: float | None
+    tries: int
+    ess: float | None
+    dream_ess: tuple[float, float, float] | None
+    refreshed: bool
+    seconds: float = math.nan
+
+
+def describe(
+    optim: NaturalGradient,
+    sides: Mapping[Role, Side],
+    trial: Trial,
+    loss: float,
+    samples: tuple[float | None, Tensor | None],
+    refreshed: bool,
+    rejections: int,
+) -> StepInfo:
+    """The report of a step that is not yet committed.
+
+    Args:
+        optim: the optimizer.
+        sides: curvature that the step was made with.
+        trial: what came of the gradient.
+        loss: in nats.
+        samples: effective sample sizes, of the loss's importance weights and of each dream.
+        refreshed: whether curvature was measured.
+        rejections: steps in a row that were not finite.
+
+    Returns:
+        The report, without seconds.
+    """
+    names = ("kl", "grad_norm", "natural_norm", "cosine", "damping")
+    values = [math.nan] * len(names)
+    if trial.proposal is not None:
+        values = torch.stack([trial.proposal.scalars[name] for name in names]).tolist()
+    jitter = max(
+        (block.factor.jitter for side in sides.values() for block in side.solved.values()),
+        default=0.0,
+    )
+    ess, dream_ess = samples
+    spectra = sides["model"].spectra.values() if trial.proposal is not None else ()
+    return StepInfo(
+        step=optim.step_count,
+        loss=loss,
+        accepted=trial.accepted,
+        rejected=_reason(trial, loss),
+        rejections=rejections,
+        lr=optim.step_length(trial.used),
+        **dict(zip(names, values, strict=True)),
+        jitter=jitter,
+        mixing=optim.mixing(trial.used),
+        missing=max((some.missing() for some in spectra), default=None),
+        tries=trial.tries,
+        ess=None if ess is None else float(ess),
+        dream_ess=_quantiles(dream_ess),
+        refreshed=refreshed,
+    )
+
+
+def _reason(trial: Trial, loss: float) -> str | None:
+    """Why a step was not taken."""
+    if trial.accepted:
+        return None
+    if trial.proposal is None:
+        return "gradient" if math.isfinite(loss) else "loss"
+    return "gain" if trial.finite else "step"
+
+
+def _quantiles(ess: Tensor | None) -> tuple[float, float, float] | None:
+    if ess is None or not len(ess):
+        return None
+    shares = torch.tensor([0.1, 0.5, 0.9], dtype=ess.dtype, device=ess.device)
+    low, median, high = ess.quantile(shares).tolist()
+    return low, median, high
+
+
+class JSONLines:
+    """A callback of `NaturalSVI` that writes the report of every step as a line of JSON.
+
+    Each line is one object with the fields of `StepInfo`, in strict JSON: what is not finite is
+    null. A line is handed to the operating system at once, in one piece. A file that is there
+    already is appended to; a last line that was cut off, as by a killed process, is removed. Where
+    training resumes from a checkpoint that is older than the end of the log, the steps between are
+    in the log twice, and the later line counts.
+
+    Args:
+        path: the file; its folder must be there.
+
+    Raises:
+        OSError: if the file cannot be written.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = pathlib.Path(folder.name) / "log.jsonl"
+        >>> with JSONLines(path) as log:
+        ...     pass  # svi = NaturalSVI(model, guide, optim, loss, callbacks=[log]); svi.step(x)
+        >>> [json.loads(line) for line in path.read_text().splitlines()]
+        []
+        >>> folder.cleanup()
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file: BinaryIO = open(self.path, "a+b", buffering=0)
+        self._file.truncate(_whole(self._file))
+
+    def __call__(self, info: StepInfo, svi: object = None) -> None:
+        """Writes a line.
+
+        Args:
+            info: the report of a step.
+            svi: ignored.
+
+        Raises:
+            ValueError: if the log has been closed.
+        """
+        fields = {name: _strict(value) for name, value in vars(info).items()}
+        self._file.write(json.dumps(fields, allow_nan=False).encode() + b"\n")
+
+    def close(self) -> None:
+        """Closes the file; closing twice is no error."""
+        self._file.close()
+
+    def __enter__(self) -> JSONLines:
+        """The log itself, closed at the end."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Closes the file."""
+        self.close()
+
+
+def _whole(file: BinaryIO) -> int:
+    """Bytes up to the end of the last whole line."""
+    position = file.seek(0, os.SEEK_END)
+    while position > 0:
+        start = max(0, position - 65536)
+        file.seek(start)
+        found = file.read(position - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        position = start
+    return 0
+
+
+def _strict(value: Any) -> Any:
+    """A value as strict JSON has it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, tuple):
+        return [_strict(item) for item in value]
+    return value

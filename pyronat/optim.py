@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any, NoReturn
 
 import pyro.optim
@@ -12,18 +11,14 @@ import torch
 from torch import Tensor
 
 from pyronat.curvature import Curvature
-from pyronat.districts import DistrictPlan, plan_districts
 from pyronat.errors import (
     CheckpointMismatch,
     StockSVI,
     StructureChanged,
-    UnassignedParameter,
 )
-from pyronat.families import is_reparametrized
-from pyronat.geometry import Euclidean, Full, Geometry, Visible
-from pyronat.graph import BayesNet
+from pyronat.geometry import Full, Geometry, Visible
 from pyronat.others import restore, state_of
-from pyronat.plans import Plan, make_plan
+from pyronat.planning import Planner
 from pyronat.programs import KnownProgram
 from pyronat.proposals import Proposal, Unjudged, step_scalars
 from pyronat.sides import Kind, Role, Side, restored_program
@@ -174,7 +169,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         Raises:
             UnassignedParameter: if model and guide share a parameter.
         """
-        self.sides = self._sides(programs)
+        self.sides = self._planner.sides(programs)
         self._settle()
         if self._pending is not None:
             self._restore(self._pending)
@@ -197,7 +192,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         Raises:
             UnassignedParameter: if model and guide share a parameter.
         """
-        sides = self._sides(programs)
+        sides = self._planner.sides(programs)
         self.sides = {
             role: self.sides[role].replanned(side.plan, side.districts)
             if self.sides[role].geometry == side.geometry
@@ -206,49 +201,9 @@ class NaturalGradient(pyro.optim.PyroOptim):
         }
         self._settle()
 
-    def _sides(self, programs: Mapping[Role, KnownProgram]) -> dict[Role, Side]:
-        model, guide = programs["model"].net, programs["guide"].net
-        shared = {n for n in _reaching(model) & _reaching(guide) if not self._is_excluded(n)}
-        if shared:
-            raise UnassignedParameter(
-                f"{', '.join(sorted(shared))} is used by model and guide, which have separate "
-                "geometries; leave it to another optimizer with exclude=[...]"
-            )
-        sides = {}
-        for role, program in programs.items():
-            geometry = self.geometry if role == "model" else self._guide_geometry(program.net)
-            plan = self._plan(program, geometry)
-            sides[role] = Side(
-                role, geometry, plan, districts=self._districts(plan, geometry, guide)
-            )
-        return sides
-
-    @staticmethod
-    def _districts(
-        plan: Plan, geometry: Geometry, guide: BayesNet | None
-    ) -> tuple[DistrictPlan, ...]:
-        """Districts of a visible geometry; none where its mixing is 1, which is the full one."""
-        if not isinstance(geometry, Visible) or geometry.mixing == 1:
-            return ()
-        proposing = guide if geometry.posterior == "guide" else None
-        return plan_districts(plan.net, plan.blocks, proposing)
-
-    def _plan(self, program: KnownProgram, geometry: Geometry) -> Plan:
-        excluded = filter(self._is_excluded, program.net.params)
-        return make_plan(
-            program, excluded, required=bool(geometry.sources), structures=geometry.structures
-        )
-
-    def _is_excluded(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
-
-    def _guide_geometry(self, net: BayesNet) -> Geometry:
-        if self.guide_geometry is not None:
-            return self.guide_geometry
-        suits = all(is_reparametrized(site.family) for site in net.sites) and all(
-            block.structure != "dense" or block.size <= 1024 for block in net.blocks
-        )
-        return Full() if suits else Euclidean()
+    @property
+    def _planner(self) -> Planner:
+        return Planner(self.geometry, self.guide_geometry, self.exclude)
 
     def assignment(self, names: Sequence[str]) -> dict[str, str]:
         """Who moves each parameter: "natural", "scaled" (Adam by reach) or "others".
@@ -461,8 +416,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
         }
         for role, side in self.sides.items():
             if programs:
-                plan = self._plan(programs[role], side.geometry)
-                districts = self._districts(plan, side.geometry, programs["guide"].net)
+                plan = self._planner.plan(programs[role], side.geometry)
+                districts = self._planner.districts(plan, side.geometry, programs["guide"].net)
                 sides[role] = side.restored(state["sides"][role], plan, districts)
             else:
                 # A state from before the first step has no sides: it is a start.
@@ -479,11 +434,6 @@ class NaturalGradient(pyro.optim.PyroOptim):
     def load(self, filename: str, map_location: Any = None) -> None:
         """Loads what `save` wrote, with `weights_only=True`, and takes it at once."""
         self.set_state(torch.load(filename, map_location=map_location, weights_only=True))
-
-
-def _reaching(net: BayesNet) -> set[str]:
-    """Parameters that reach a random site; `pyro.module` may register others along with them."""
-    return {name for block in net.blocks for name in block.params}
 
 
 def _refuse(*args: Any, **kwargs: Any) -> NoReturn:

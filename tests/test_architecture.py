@@ -32,7 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"programs", "rws"}),
     frozenset({"plans", "scores"}),
     frozenset({"sides", "observation", "proposals", "others"}),
-    frozenset({"expectation"}),
+    frozenset({"expectation", "planning"}),
     frozenset({"visible"}),
     frozenset({"visible_exact"}),
     frozenset({"optim", "study", "refresh"}),

@@ -59,5 +59,13 @@ class CheckpointMismatch(PyronatError):
     """An optimizer state does not fit the optimizer or the program it is loaded into."""
 
 
+class NoAverage(PyronatError):
+    """Averages of the iterates were asked for, but there are none that could be shown."""
+
+
+class AveragesInPlace(PyronatError):
+    """Parameters were to be moved, or exchanged again, while averages stand in their place."""
+
+
 class NoGuideOnDreams(PyronatError):
     """The guide cannot be run on simulated data."""

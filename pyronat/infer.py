@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -14,7 +15,8 @@ from pyro.infer import ELBO, Trace_ELBO
 from pyro.util import get_rng_state
 from torch import Tensor
 
-from pyronat.errors import InvalidData, NonFiniteStep, StructureChanged
+from pyronat.averaging import Exchange
+from pyronat.errors import InvalidData, NoAverage, NonFiniteStep, StructureChanged
 from pyronat.expectation import Averaging, LossObserver, check_simulable
 from pyronat.geometry import Visible
 from pyronat.graph import BayesNet
@@ -40,6 +42,7 @@ from pyronat.tracing import (
     params_of,
     random_state,
     set_random_state,
+    stored_leaves,
     stored_parameters,
 )
 from pyronat.trials import Judge, Trial, Undo, gradient_of
@@ -105,11 +108,54 @@ class NaturalSVI:
         self.info: StepInfo | None = None
         self._rejected = 0
         self._dream_ess: Tensor | None = None
+        self._exchange = Exchange()
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Estimate of the loss in nats; nothing is changed."""
         with torch.no_grad():
             return number_of(self.loss.loss(self.model, self.guide, *args, **kwargs))
+
+    @contextmanager
+    def averaged(self) -> Generator[None, None, None]:
+        """In this context all parameters are the averages of their iterates.
+
+        Whatever reads them sees the averages: `evaluate_loss`, `pyro.infer.Predictive`, modules,
+        `pyro.get_param_store().save`. Afterwards, and after errors, the last iterates are back to
+        the last bit. A checkpoint to resume from is written outside of the context.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            NoAverage: if the optimizer has no `averaging`, or a parameter to exchange is not there.
+            AveragesInPlace: if the context is entered twice.
+            StructureChanged: if a parameter has another shape than its average.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist, pyronat, torch
+            >>> def model(x):
+            ...     loc = pyro.param("loc", torch.tensor(0.0))
+            ...     with pyro.plate("data", len(x)):
+            ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+            >>> pyro.clear_param_store()
+            >>> mean = pyronat.steps.PolyakRuppert(share=1.0)
+            >>> optim = NaturalGradient(lr=0.1, averaging=mean)
+            >>> svi = NaturalSVI(model, lambda x: None, optim)
+            >>> iterates = []
+            >>> for step in range(3):
+            ...     _ = svi.step(torch.tensor([1.0, 2.0, 6.0]))
+            ...     iterates.append(pyro.param("loc").item())
+            >>> with svi.averaged():
+            ...     abs(pyro.param("loc").item() - sum(iterates) / 3) < 1e-6
+            True
+        """
+        if self.optim.averaging is None:
+            raise NoAverage(
+                "the optimizer averages no iterates; ask for it with "
+                "NaturalGradient(averaging=pyronat.steps.PolyakRuppert())"
+            )
+        with self._exchange.context(self.optim.averages, stored_leaves()):
+            yield
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Takes one step on the loss of model and guide.
@@ -126,7 +172,9 @@ class NaturalSVI:
                 refuse arguments that are not finite.
             StructureChanged: if a program takes a branch that cannot be analyzed.
             NonFiniteStep: after three rejected steps in a row.
+            AveragesInPlace: in the context of `averaged`.
         """
+        self._exchange.check()
         start = time.perf_counter()
         check_loss(self.loss, (self.model, self.guide))
         if not self._analyzed:
@@ -172,7 +220,8 @@ class NaturalSVI:
         samples = getattr(self.loss, "ess", None), self._dream_ess
         info = describe(optim, sides, trial, loss, samples, refresh, self._rejected)
         if trial.accepted and trial.proposal is not None:
-            optim.commit(sides, trial.proposal, trial.caution)
+            optim.commit(sides, trial.proposal, trial.caution, params)
+            self._exchange.leaves.update(params)
         info = replace(info, seconds=time.perf_counter() - call.start)
         self._finish(trial, observer, info)
         return loss

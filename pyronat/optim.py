@@ -10,6 +10,7 @@ import pyro.optim
 import torch
 from torch import Tensor
 
+from pyronat.averaging import Averages
 from pyronat.curvature import Curvature
 from pyronat.errors import (
     CheckpointMismatch,
@@ -17,7 +18,7 @@ from pyronat.errors import (
     StructureChanged,
 )
 from pyronat.geometry import Full, Geometry, Visible
-from pyronat.others import restore, state_of
+from pyronat.others import kind_of, restore, state_of
 from pyronat.planning import Planner
 from pyronat.programs import KnownProgram
 from pyronat.proposals import Proposal, Unjudged, step_scalars
@@ -33,12 +34,13 @@ from pyronat.steps import (
     LevenbergMarquardt,
     LeverageDamping,
     Moments,
+    PolyakRuppert,
     ReachScaledAdam,
     RunningAverage,
     Schedule,
 )
 
-STATE_FORMAT = 4
+STATE_FORMAT = 5
 
 NETWORK_REFRESH = 20
 """Steps between measurements of curvature where there are networks."""
@@ -68,6 +70,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
             information, or in a dense block too large to measure, of Adam with rate 1e-3.
         exclude: names or patterns (`"encoder*"`) of parameters to leave to `others`.
         seed: seed of the dreams, which never touch the random numbers of the training.
+        averaging: how all parameters that steps move are averaged over the steps, in unconstrained
+            coordinates; `NaturalSVI.averaged` shows the averages. By default they are not.
 
     Example:
         >>> optim = NaturalGradient(lr=0.1, geometry=Full(expectation="model"))
@@ -84,6 +88,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         others: pyro.optim.PyroOptim | None = None,
         exclude: Sequence[str] = (),
         seed: int = 0,
+        averaging: PolyakRuppert | None = None,
     ) -> None:
         super().__init__(_refuse, {})
         self.lr: Schedule = lr if callable(lr) else Constant(lr)
@@ -100,6 +105,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self.others = others
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self.seed = seed
+        self.averaging = averaging
+        self.averages = Averages()
         self.step_count = 0
         mixing = self.geometry.mixing if isinstance(self.geometry, Visible) else None
         self.held_out = mixing if isinstance(mixing, HeldOut) else None
@@ -235,7 +242,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             for block in side.plan.blocks.values()
             for name, shape in zip(block.params, block.shapes, strict=True)
             if name in params and params[name].shape != shape
-        }
+        } | self.averages.misfits(params)
         if changed:
             raise StructureChanged(
                 f"parameters have other shapes than at the first step: "
@@ -340,10 +347,18 @@ class NaturalGradient(pyro.optim.PyroOptim):
         before = {name: params[name].detach().clone() for name in names}
         return Unjudged(before, float(proposal.scalars["model_gain"]))
 
-    def commit(self, sides: Mapping[Role, Side], proposal: Proposal, caution: Caution) -> None:
-        """Makes the state of a taken step the optimizer's own."""
+    def commit(
+        self,
+        sides: Mapping[Role, Side],
+        proposal: Proposal,
+        caution: Caution,
+        params: Mapping[str, Tensor],
+    ) -> None:
+        """Makes the state of a taken step, which led to `params`, the optimizer's own."""
         self.sides, self.caution = dict(sides), caution
         self._moments.update(proposal.moments)
+        if self.averaging is not None:
+            self.averages = self.averages.entered(self.averaging, self.step_count, params)
         self.step_count += 1
 
     def other_optimizer(self) -> pyro.optim.PyroOptim:
@@ -365,7 +380,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
             "sides": {role: side.state() for role, side in self.sides.items()},
             "moments": {name: dict(vars(state)) for name, state in self._moments.items()},
             "others": state_of(self.other_optimizer()),
-            "others_kind": self._others_kind(),
+            "others_kind": kind_of(self.others),
+            "averages": None if self.averaging is None else self.averages.state(),
         }
 
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
@@ -379,29 +395,24 @@ class NaturalGradient(pyro.optim.PyroOptim):
         """
         state = dict(state_dict)
         required = {"format", "step_count", "seed", "caution", "unjudged", "sides", "moments"}
-        required |= {"others", "others_kind"}
+        required |= {"others", "others_kind", "averages"}
         if state.get("format") != STATE_FORMAT or not required <= state.keys():
             raise CheckpointMismatch(
                 f"this is not a state of NaturalGradient in format {STATE_FORMAT}"
             )
-        if state["others_kind"] != self._others_kind():
+        if state["others_kind"] != kind_of(self.others):
             raise CheckpointMismatch(
                 f"the state has others of kind {state['others_kind']}, this optimizer "
-                f"{self._others_kind()}"
+                f"{kind_of(self.others)}"
             )
+        averages = Averages.from_state(state["averages"], self.averaging)
         if self.bound:
             self._restore(state)
             self._pending = None
         else:
             self._pending = state
             self.step_count, self.seed = state["step_count"], state["seed"]
-
-    def _others_kind(self) -> str:
-        """Name of the torch optimizer behind `others`, or "default"."""
-        if self.others is None:
-            return "default"
-        constructor = self.others.pt_optim_constructor
-        return str(getattr(constructor, "__name__", type(constructor).__name__))
+        self.averages = averages
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         if state["sides"] and set(state["sides"]) != set(self.sides):

@@ -20,3 +20,11 @@ def restore(optimizer: pyro.optim.PyroOptim, state: Mapping[str, Any]) -> None:
     optimizer.optim_objs.clear()
     optimizer._state_waiting_to_be_consumed.clear()
     optimizer.set_state(copy.deepcopy(dict(state)))
+
+
+def kind_of(optimizer: pyro.optim.PyroOptim | None) -> str:
+    """Name of the torch optimizer behind a Pyro optimizer; "default" for None."""
+    if optimizer is None:
+        return "default"
+    constructor = optimizer.pt_optim_constructor
+    return str(getattr(constructor, "__name__", type(constructor).__name__))

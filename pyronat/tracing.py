@@ -112,6 +112,11 @@ def stored_parameters() -> frozenset[str]:
     return frozenset(pyro.get_param_store().keys())
 
 
+def stored_leaves() -> dict[str, Tensor]:
+    """Unconstrained leaves of all parameters in Pyro's store, by name."""
+    return dict(pyro.get_param_store().named_parameters())
+
+
 def guide_messenger(program: Program) -> GuideMessenger | None:
     """The guide that runs its model along with itself, as an `AutoMessenger` does, or None."""
     unwrapped = poutine.unwrap(program)

@@ -25,7 +25,7 @@ from pyronat import Euclidean, Full, NaturalGradient, NaturalSVI, ReweightedWake
 from pyronat.families import groups
 from pyronat.geometry import Visible
 from pyronat.operators import cholesky
-from pyronat.steps import ConstantDamping, LevenbergMarquardt
+from pyronat.steps import ConstantDamping, LevenbergMarquardt, PolyakRuppert
 
 X = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
 
@@ -322,6 +322,32 @@ def visible_with_a_rule() -> None:
     pyronat.fisher(binary, X, geometry=Visible(mixing=LevenbergMarquardt()), guide=binary_guide)
 
 
+def no_averages() -> None:
+    with NaturalSVI(normal, no_guide, NaturalGradient()).averaged():
+        pass
+
+
+def averaging() -> NaturalSVI:
+    svi = NaturalSVI(normal, no_guide, NaturalGradient(averaging=PolyakRuppert()))
+    svi.step(X)
+    return svi
+
+
+def no_values() -> None:
+    state = averaging().optim.get_state()
+    pyro.clear_param_store()
+    fresh = NaturalSVI(normal, no_guide, NaturalGradient(averaging=PolyakRuppert()))
+    fresh.optim.set_state(state)
+    with fresh.averaged():
+        pass
+
+
+def step_on_averages() -> None:
+    svi = averaging()
+    with svi.averaged():
+        svi.step(X)
+
+
 @dataclass(frozen=True)
 class Row:
     """An error, a program that provokes it, and words of its message: culprit, then way out."""
@@ -362,6 +388,9 @@ TABLE = (
     Row(errors.CheckpointMismatch, not_a_state, ("NaturalGradient", "format")),
     Row(errors.CheckpointMismatch, other_program, ("z of the model", "another program")),
     Row(errors.NoGuideOnDreams, asleep, ("x", "'observations'", "arguments")),
+    Row(errors.NoAverage, no_averages, ("averaging=pyronat.steps.PolyakRuppert()",)),
+    Row(errors.NoAverage, no_values, ("loc", "load the parameters", "evaluate_loss")),
+    Row(errors.AveragesInPlace, step_on_averages, ("averaged()", "leave the context")),
 )
 
 VISIBLE = (

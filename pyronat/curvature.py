@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import combinations_with_replacement
 from math import prod
 from typing import Any
 
@@ -26,6 +27,12 @@ from pyronat.weights import joined_dims, spread_weights, without_copies
 
 _CHUNK_ELEMENTS = 2**22
 """Elements of the temporary that a Gram matrix is summed from."""
+
+_STRIPS = 6
+"""Strips that a Gram matrix is formed in, those on one side of its diagonal."""
+
+_NARROWEST = 32
+"""Columns of a strip, below which strips cost more than they save."""
 
 
 @dataclass(frozen=True)
@@ -252,22 +259,47 @@ class UnitFactor(Factor):
 
 
 def gram(weights: Tensor, inputs: Tensor) -> Tensor:
-    """Σ_n w_nu a_n a_nᵀ for every unit u, summed over chunks of rows.
+    """Σ_n w_nu a_n a_nᵀ for every unit u, of which half the products are formed.
 
     Args:
         weights: `[rows, units]`.
         inputs: `[rows, fan_in]`.
 
     Returns:
-        `[units, fan_in, fan_in]`.
+        `[units, fan_in, fan_in]`, symmetric.
     """
-    size = inputs.shape[1]
-    chunk = max(_CHUNK_ELEMENTS // max(size * size, 1), 1)
-    total: Tensor = inputs.new_zeros(weights.shape[1], size * size)
-    for some, part in zip(weights.split(chunk), inputs.split(chunk), strict=True):
-        pairs = (part.unsqueeze(2) * part.unsqueeze(1)).flatten(1)
-        total.addmm_(some.mT, pairs)
-    return total.reshape(-1, size, size)
+    size, units = inputs.shape[1], weights.shape[1]
+    width = max(-(-size // _STRIPS), _NARROWEST)
+    strips = [(slice(at, at + width), inputs[:, at : at + width]) for at in range(0, size, width)]
+    if len(strips) == 1:
+        return _weighted_products(weights, inputs, inputs)
+    found: Tensor = inputs.new_empty(units, size, size)
+    for (rows, first), (columns, second) in combinations_with_replacement(strips, 2):
+        part = _weighted_products(weights, first, second)
+        found[:, rows, columns] = part
+        found[:, columns, rows] = part.mT
+    return found
+
+
+def _weighted_products(weights: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Σ_n w_nu a_n b_nᵀ, summed over chunks of rows.
+
+    Args:
+        weights: `[rows, units]`.
+        first: a `[rows, m]`.
+        second: b `[rows, n]`.
+
+    Returns:
+        `[units, m, n]`.
+    """
+    shape = (first.shape[1], second.shape[1])
+    chunk = max(_CHUNK_ELEMENTS // max(prod(shape), 1), 1)
+    total: Tensor = first.new_zeros(weights.shape[1], prod(shape))
+    for some, a, b in zip(
+        weights.split(chunk), first.split(chunk), second.split(chunk), strict=True
+    ):
+        total.addmm_(some.mT, (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1))
+    return total.reshape(len(total), *shape)
 
 
 def total_curvature(

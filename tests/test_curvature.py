@@ -310,6 +310,16 @@ def test_gram_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gram(weights[:0], inputs[:0]).abs().max() == 0
 
 
+@pytest.mark.parametrize("size", [31, 32, 33, 64, 100, 193, 201])
+def test_gram_in_strips(size: int) -> None:
+    weights, inputs = torch.rand(5, 3), torch.randn(5, size)
+    expected = torch.einsum("nu,ni,nj->uij", weights, inputs, inputs)
+    found = gram(weights, inputs)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(found, found.mT)
+    assert gram(weights[:0], inputs[:0]).shape == found.shape
+
+
 def leverage_model(scale: float) -> Callable[[Tensor], None]:
     def model(x: Tensor) -> None:
         weight = pyro.param("weight", torch.tensor([[0.4, -1.0], [0.3, 0.9]]))

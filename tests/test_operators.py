@@ -163,6 +163,19 @@ def test_matrices_that_are_not_finite_are_refused(bad: float) -> None:
         cholesky(matrix, torch.ones(1))
 
 
+def test_numbers_whose_sum_is_not_finite_are_accepted() -> None:
+    matrix = torch.full((4, 1, 1), 0.5 * torch.finfo(torch.float64).max)
+    assert not bool(torch.isfinite(matrix.sum()))
+    torch.testing.assert_close(cholesky(matrix, torch.zeros(4)).lower, matrix.sqrt())
+
+
+def test_damping_leaves_the_matrix_alone() -> None:
+    matrix = singular(3, 4)
+    before = matrix.clone()
+    assert cholesky(matrix, torch.ones(3)).lower.shape == before.shape
+    assert torch.equal(matrix, before)
+
+
 def test_slightly_indefinite_in_single_precision() -> None:
     low = torch.float32
     root = torch.linalg.qr(torch.randn(40, 40)).Q

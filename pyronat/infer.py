@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,14 +17,19 @@ from pyro.util import get_rng_state
 from torch import Tensor
 
 from pyronat.averaging import Exchange
-from pyronat.errors import InvalidData, NoAverage, NonFiniteStep, StructureChanged
+from pyronat.checkpoints import Claims, read, write
+from pyronat.errors import (
+    InvalidData,
+    NoAverage,
+    NonFiniteStep,
+    StructureChanged,
+)
 from pyronat.expectation import Averaging, LossObserver, check_simulable
 from pyronat.geometry import Visible
 from pyronat.graph import BayesNet
 from pyronat.guards import all_finite, explained, inside_domain
 from pyronat.loss_traces import check_loss, number_of, watch_traces
 from pyronat.optim import NaturalGradient
-from pyronat.others import restore, state_of
 from pyronat.programs import (
     MAX_BRANCHES,
     KnownProgram,
@@ -32,9 +38,9 @@ from pyronat.programs import (
     know,
     learn,
 )
-from pyronat.proposals import Proposal
 from pyronat.refresh import Call, Meter
 from pyronat.reports import StepInfo, describe
+from pyronat.resume import resume, training_state
 from pyronat.sides import Role, Side
 from pyronat.tracing import (
     guide_messenger,
@@ -45,7 +51,7 @@ from pyronat.tracing import (
     stored_leaves,
     stored_parameters,
 )
-from pyronat.trials import Judge, Trial, Undo, gradient_of
+from pyronat.trials import Judge, Trial, Undo, applied, gradient_of
 
 MAX_REJECTED = 3
 """Rejected steps in a row after which training stops with an error."""
@@ -107,12 +113,13 @@ class NaturalSVI:
         self._analyzed = False
         self.info: StepInfo | None = None
         self._rejected = 0
+        self._unclaimed: set[str] = set()
         self._dream_ess: Tensor | None = None
         self._exchange = Exchange()
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Estimate of the loss in nats; nothing is changed."""
-        with torch.no_grad():
+        with torch.no_grad(), Claims(self._unclaimed):
             return number_of(self.loss.loss(self.model, self.guide, *args, **kwargs))
 
     @contextmanager
@@ -156,6 +163,58 @@ class NaturalSVI:
             )
         with self._exchange.context(self.optim.averages, stored_leaves()):
             yield
+
+    def get_state(self) -> dict[str, Any]:
+        """All that training depends on: optimizer, Pyro's parameters, random numbers."""
+        self._exchange.check()
+        info = None if self.info is None else dict(vars(self.info))
+        return {**training_state(self.optim), "info": info, "rejected": self._rejected}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Takes a state of `get_state`, at once; see `load`.
+
+        Args:
+            state: the state.
+
+        Raises:
+            CheckpointMismatch: if it is not a state of this class, or of another program; then
+                nothing is changed.
+            AveragesInPlace: if averages are in the place of parameters.
+        """
+        self._exchange.check()
+        self._unclaimed = resume(self.optim, state)
+        self._rejected = state["rejected"]
+        self.info = None if state["info"] is None else StepInfo(**state["info"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes all that training depends on to one file: the way to resume it to the last bit.
+
+        The file holds the state of the optimizer, all of Pyro's parameters with their constraints
+        and the states of all random numbers. It is written beside the old one (`path` + ".tmp")
+        and takes its place when it is whole: at any time a killed process leaves the old file or
+        the new one. Not in it are arguments of steps, settings, and states of callbacks.
+
+        Args:
+            path: the file.
+        """
+        write(self.get_state(), path)
+
+    def load(self, path: str | os.PathLike[str], map_location: Any = None) -> None:
+        """Takes what `save` wrote; training goes on as it would have, to the last bit.
+
+        Parameters that are there take their values in place; others are made, and modules take
+        them over when they are first run. Parameters of this training that are not in the file
+        are removed, as they were made later.
+
+        Args:
+            path: the file, loaded with `weights_only=True`.
+            map_location: as `torch.load` takes it.
+
+        Raises:
+            CheckpointMismatch: if it is of another program, optimizer or format. Before the first
+                step the program is not known: then that step raises.
+        """
+        self.set_state(read(path, map_location))
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Takes one step on the loss of model and guide.
@@ -260,7 +319,7 @@ class NaturalSVI:
         if rule is None:
             proposal = optim.propose(sides, gradients)
             before = optim.watched(proposal, params)
-            accepted = self._apply(proposal, params)
+            accepted = applied(proposal, params, optim)
             optim.unjudged = before if accepted else None
             return sides, Trial(proposal, accepted, caution, caution, 1, accepted)
         finite, judge = False, Judge(self.model, self.guide, self.loss)
@@ -270,7 +329,7 @@ class NaturalSVI:
             undo = Undo(params, optim)
             ratio = -math.inf
             try:
-                if self._apply(proposal, params):
+                if applied(proposal, params, optim):
                     finite = True
                     ratio = judge.gain_ratio(proposal, gradients, params, loss, call)
             finally:
@@ -297,7 +356,7 @@ class NaturalSVI:
         those of stock SVI and independent of the first draws, and resuming disturbs nothing.
         """
         stored = stored_parameters()
-        with torch.random.fork_rng(), poutine.block(), torch.no_grad():
+        with torch.random.fork_rng(), poutine.block(), torch.no_grad(), Claims(self._unclaimed):
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
             poutine.replay(self.model, trace=guide_trace)(*args, **kwargs)
             after = random_state()
@@ -380,31 +439,6 @@ class NaturalSVI:
         with inside_domain(kl), explained(args, kwargs), watch_traces(self.loss, observer):
             loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
         return number_of(loss)
-
-    def _apply(self, proposal: Proposal, params: Mapping[str, Tensor]) -> bool:
-        """Changes all parameters, or none if anything is not finite."""
-        if not all_finite(proposal.changes.values()):
-            return False
-        kinds = self.optim.assignment(list(params))
-        others = {name: params[name] for name, kind in kinds.items() if kind == "others"}
-        moved = {name: leaf for name, leaf in others.items() if leaf.requires_grad}
-        with torch.no_grad():
-            before = {name: leaf.clone() for name, leaf in moved.items()}
-        if moved:
-            optimizer = self.optim.other_optimizer()
-            snapshot = state_of(optimizer)
-            optimizer([moved[name] for name in sorted(moved)])
-            if not all_finite(moved.values()):
-                with torch.no_grad():
-                    for name, leaf in moved.items():
-                        leaf.copy_(before[name])
-                restore(optimizer, snapshot)
-                return False
-        with torch.no_grad():
-            for name, change in proposal.changes.items():
-                if name in params:
-                    params[name].add_(change)
-        return True
 
     def _finish(self, trial: Trial, observer: LossObserver, info: StepInfo) -> None:
         """Tells the callbacks, and raises where data or several steps in a row are at fault.

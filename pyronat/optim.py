@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import pyro.optim
-import torch
 from torch import Tensor
 
 from pyronat.averaging import Averages
+from pyronat.checkpoints import read, write
 from pyronat.curvature import Curvature
 from pyronat.errors import (
     CheckpointMismatch,
@@ -382,6 +382,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             "others": state_of(self.other_optimizer()),
             "others_kind": kind_of(self.others),
             "averages": None if self.averaging is None else self.averages.state(),
+            "adapted": self._adapted(),
         }
 
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
@@ -395,7 +396,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         """
         state = dict(state_dict)
         required = {"format", "step_count", "seed", "caution", "unjudged", "sides", "moments"}
-        required |= {"others", "others_kind", "averages"}
+        required |= {"others", "others_kind", "averages", "adapted"}
         if state.get("format") != STATE_FORMAT or not required <= state.keys():
             raise CheckpointMismatch(
                 f"this is not a state of NaturalGradient in format {STATE_FORMAT}"
@@ -405,6 +406,10 @@ class NaturalGradient(pyro.optim.PyroOptim):
                 f"the state has others of kind {state['others_kind']}, this optimizer "
                 f"{kind_of(self.others)}"
             )
+        if state["adapted"] != self._adapted():
+            raise CheckpointMismatch(
+                f"the state has {state['adapted']}, this optimizer {self._adapted()}"
+            )
         averages = Averages.from_state(state["averages"], self.averaging)
         if self.bound:
             self._restore(state)
@@ -413,6 +418,12 @@ class NaturalGradient(pyro.optim.PyroOptim):
             self._pending = state
             self.step_count, self.seed = state["step_count"], state["seed"]
         self.averages = averages
+
+    def _adapted(self) -> str:
+        """What an adaptive rule adapts."""
+        rule = self.rule or self.held_out
+        what = "damping" if rule is self.damping else "mixing"
+        return "no adaptive rule" if rule is None else f"{what} by {type(rule).__name__}"
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         if state["sides"] and set(state["sides"]) != set(self.sides):
@@ -442,9 +453,13 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self._moments = {name: Moments(**moments) for name, moments in state["moments"].items()}
         restore(self.other_optimizer(), state["others"])
 
+    def save(self, filename: str) -> None:
+        """Writes the state, in place of an older file only once the new one is whole."""
+        write(self.get_state(), filename)
+
     def load(self, filename: str, map_location: Any = None) -> None:
         """Loads what `save` wrote, with `weights_only=True`, and takes it at once."""
-        self.set_state(torch.load(filename, map_location=map_location, weights_only=True))
+        self.set_state(read(filename, map_location))
 
 
 def _refuse(*args: Any, **kwargs: Any) -> NoReturn:

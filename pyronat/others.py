@@ -6,20 +6,43 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import pyro
 import pyro.optim
+from pyro.optim.optim import _get_state_dict, _load_state_dict
 
 
 def state_of(optimizer: pyro.optim.PyroOptim) -> dict[str, Any]:
-    """A copy of a Pyro optimizer's state, with what it was given but has not used yet."""
-    waiting = optimizer._state_waiting_to_be_consumed
-    return copy.deepcopy({**waiting, **optimizer.get_state()})
+    """A copy of a Pyro optimizer's state, with what it was given but has not used yet.
+
+    Parameters that Pyro's store does not hold any more are left out.
+    """
+    leaves = dict(pyro.get_param_store().named_parameters())
+    found = {
+        name: _get_state_dict(single)
+        for leaf, single in optimizer.optim_objs.items()
+        if (name := pyro.get_param_store().param_name(leaf)) is not None and leaves[name] is leaf
+    }
+    return copy.deepcopy({**optimizer._state_waiting_to_be_consumed, **found})
 
 
 def restore(optimizer: pyro.optim.PyroOptim, state: Mapping[str, Any]) -> None:
-    """Makes a state of `state_of` the only one that a Pyro optimizer knows."""
-    optimizer.optim_objs.clear()
-    optimizer._state_waiting_to_be_consumed.clear()
-    optimizer.set_state(copy.deepcopy(dict(state)))
+    """Makes a state of `state_of` the only one that a Pyro optimizer knows, at once."""
+    leaves = dict(pyro.get_param_store().named_parameters())
+    waiting = copy.deepcopy(dict(state))
+    found, clips = {}, {}
+    for name in waiting.keys() & leaves.keys():
+        leaf = leaves[name]
+        single = optimizer.optim_objs.get(leaf)
+        found[leaf] = optimizer._get_optim(leaf) if single is None else single
+        clips[leaf] = optimizer._get_grad_clip(leaf)
+        _load_state_dict(found[leaf], waiting.pop(name))
+    for held, new in (
+        (optimizer.optim_objs, found),
+        (optimizer.grad_clip, clips),
+        (optimizer._state_waiting_to_be_consumed, waiting),
+    ):
+        held.clear()
+        held.update(new)
 
 
 def kind_of(optimizer: pyro.optim.PyroOptim | None) -> str:

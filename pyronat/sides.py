@@ -353,6 +353,8 @@ def restored_program(own: KnownProgram, state: Mapping[str, Any], role: Role) ->
     """
     saved = BayesNet.from_json(state["net"])
     known = KnownProgram(saved, frozenset(state["runs"]), state["positions"])
+    if known.runs <= own.runs:
+        return known  # an earlier state of this program
     families, saved_families = _families(own.net), _families(saved)
     changed = [
         name

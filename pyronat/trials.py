@@ -12,6 +12,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyronat.errors import PyronatError
+from pyronat.guards import all_finite
 from pyronat.optim import NaturalGradient
 from pyronat.others import restore, state_of
 from pyronat.proposals import Proposal, Unjudged
@@ -56,6 +57,39 @@ class Undo:
             for name, leaf in self._params.items():
                 leaf.copy_(self._before[name])
         restore(self._others, self._state)
+
+
+def applied(proposal: Proposal, params: Mapping[str, Tensor], optim: NaturalGradient) -> bool:
+    """Takes a step: changes all parameters, or none if anything is not finite.
+
+    Args:
+        proposal: the step of those with a metric, and of the scaled Adam.
+        params: unconstrained leaves by name, with gradients.
+        optim: the optimizer, which moves the others.
+
+    Returns:
+        Whether the parameters were changed.
+    """
+    if not all_finite(proposal.changes.values()):
+        return False
+    kinds = optim.assignment(list(params))
+    others = {name: params[name] for name, kind in kinds.items() if kind == "others"}
+    moved = {name: leaf for name, leaf in others.items() if leaf.requires_grad}
+    with torch.no_grad():
+        before = {name: leaf.clone() for name, leaf in moved.items()}
+    if moved:
+        optimizer = optim.other_optimizer()
+        snapshot = state_of(optimizer)
+        optimizer([moved[name] for name in sorted(moved)])
+        if not all_finite(moved.values()):
+            _put(moved, before)
+            restore(optimizer, snapshot)
+            return False
+    with torch.no_grad():
+        for name, change in proposal.changes.items():
+            if name in params:
+                params[name].add_(change)
+    return True
 
 
 def gradient_of(leaf: Tensor) -> Tensor:

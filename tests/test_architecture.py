@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"dataflow", "partition", "fingerprint", "districts"})
     | {"network_factors", "elements"},
     frozenset({"tracing", "importance", "testing"}),
-    frozenset({"flows", "enumeration", "loss_traces"}),
+    frozenset({"flows", "enumeration", "loss_traces", "checkpoints"}),
     frozenset({"analysis", "dreams"}),
     frozenset({"programs", "rws"}),
     frozenset({"plans", "scores"}),
@@ -36,7 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"visible"}),
     frozenset({"visible_exact"}),
     frozenset({"optim", "study", "refresh"}),
-    frozenset({"trials"}),
+    frozenset({"trials", "resume"}),
     frozenset({"reports"}),
     frozenset({"infer"}),
     frozenset({"__init__"}),
@@ -48,6 +48,7 @@ CAUGHT = frozenset({"UnknownStructure"})
 WITHOUT_TORCH = frozenset({"errors", "blocks", "graph", "districts"})
 WITH_PYRO = frozenset({
     "tracing",
+    "checkpoints",
     "loss_traces",
     "dreams",
     "rws",

@@ -353,25 +353,29 @@ def restored_program(own: KnownProgram, state: Mapping[str, Any], role: Role) ->
     """
     saved = BayesNet.from_json(state["net"])
     known = KnownProgram(saved, frozenset(state["runs"]), state["positions"])
-    if known.runs <= own.runs:
-        return known  # an earlier state of this program
-    families, saved_families = _families(own.net), _families(saved)
-    changed = [
-        name
-        for name in families
-        if not set(families[name].split(" | ")) <= set(saved_families.get(name, "").split(" | "))
-    ]
-    shapes, saved_shapes = _shapes(own.net), _shapes(saved)
-    changed += [name for name in shapes if shapes[name] != saved_shapes.get(name)]
-    if len(known.runs) == 1:
-        changed += sorted(saved_families.keys() - families.keys())
-        changed += sorted(saved_shapes.keys() - shapes.keys())
+    if known.runs < own.runs:  # an earlier state of this program
+        changed = _misfits(saved, own.net)
+    else:
+        changed = _misfits(own.net, saved)
+        if len(known.runs) == 1:
+            changed |= _misfits(saved, own.net)
     if changed:
         raise CheckpointMismatch(
-            f"the state is of another program: {', '.join(sorted(set(changed)))} of the {role} "
+            f"the state is of another program: {', '.join(sorted(changed))} of the {role} "
             "differ in family or shape"
         )
     return known
+
+
+def _misfits(part: BayesNet, whole: BayesNet) -> set[str]:
+    """Sites and parameters of a network that another one does not have, or not of that kind."""
+    families, shapes = _families(whole), _shapes(whole)
+    found = {
+        name
+        for name, family in _families(part).items()
+        if not set(family.split(" | ")) <= set(families.get(name, "").split(" | "))
+    }
+    return found | {name for name, shape in _shapes(part).items() if shape != shapes.get(name)}
 
 
 def _families(net: BayesNet) -> dict[str, str]:

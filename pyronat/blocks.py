@@ -34,7 +34,9 @@ class UnitEntries:
 
 Units: TypeAlias = UnitAxes | UnitEntries
 
-Structure: TypeAlias = Literal["unit", "dense", "kronecker", "kfac", "dual", "cg", "diagonal"]
+Structure: TypeAlias = Literal[
+    "unit", "dense", "shared", "kronecker", "kfac", "dual", "cg", "diagonal"
+]
 """How the Fisher information of a block is held, see `ParamBlock.structure`."""
 
 SCORE = "score"
@@ -49,7 +51,7 @@ BY_VALUE = frozenset({SCORE, SUPPORT})
 UNKNOWN_FAMILY = "unknown"
 """Name of the one group of a distribution whose Fisher information cannot even be simulated."""
 
-CHOICES = frozenset({"dense", "kronecker", "kfac", "dual", "cg", "diagonal"})
+CHOICES = frozenset({"dense", "shared", "kronecker", "kfac", "dual", "cg", "diagonal"})
 """Structures that a user may ask for."""
 
 FACTORED = frozenset({"kronecker", "kfac"})
@@ -87,6 +89,7 @@ class ParamBlock:
             - "unit": a matrix for each of several units, or units whose coordinates are affine in
               them;
             - "dense": one matrix over all entries;
+            - "shared": linear units of a layer by their diagonals in one basis;
             - "kronecker": B ⊗ A for each layer of a network, its eigenvalues corrected, without
               what couples layers;
             - "kfac": the same without the correction;
@@ -141,6 +144,8 @@ class ParamBlock:
         """Numbers in the Fisher matrices of all units, count × size², or in their factors."""
         if self.structure in FACTORED:
             return sum(a * a + b * b for a, b in self.layer_sizes())
+        if self.structure == "shared":
+            return self.num_entries + self.size**2
         return self.num_entries if not self.explicit else self.count * self.size**2
 
     @property
@@ -148,6 +153,8 @@ class ParamBlock:
         """Operations of a Cholesky factorization, count × size³ / 3, or of that of the factors."""
         if self.structure in FACTORED:
             return sum(a**3 + b**3 for a, b in self.layer_sizes()) / 3
+        if self.structure == "shared":
+            return float(self.size**3)
         return self.num_entries if not self.explicit else self.count * self.size**3 / 3
 
     def layer_sizes(self) -> list[tuple[int, int]]:

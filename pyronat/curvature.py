@@ -22,6 +22,7 @@ from pyronat.factored import operator_from
 from pyronat.families import Group
 from pyronat.operators import BlockMatrix, BlockOperator, Diagonal, lerp
 from pyronat.records import SiteRecord
+from pyronat.shared import SharedUnits
 from pyronat.tables import TableRows
 from pyronat.weights import joined_dims, spread_weights, without_copies
 
@@ -155,6 +156,7 @@ class UnitFactor(Factor):
         jacobian: ∂θ/∂(entries) `[batch * coordinates, units, size]`, or None for linear units; with
             a table `[rows * coordinates, units, size]`.
         diagonal: whether the diagonal of the matrices is wanted alone.
+        shared: whether linear units are held in one basis.
         repeated: batch dimensions along which the Jacobian has one row for all.
         table: which row of a table each element has, or None.
     """
@@ -167,6 +169,7 @@ class UnitFactor(Factor):
     slope: Tensor | None = None
     jacobian: Tensor | None = None
     diagonal: bool = False
+    shared: bool = False
     repeated: tuple[int, ...] = ()
     table: TableRows | None = None
 
@@ -205,6 +208,8 @@ class UnitFactor(Factor):
         operator: BlockOperator | None = None
         if with_matrix and self.diagonal:
             operator = Diagonal(summed.mT @ inputs.square())
+        elif with_matrix and self.shared:
+            operator = SharedUnits(summed, inputs)
         elif with_matrix:
             operator = BlockMatrix(gram(summed, inputs))
         return Curvature(

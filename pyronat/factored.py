@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyronat.errors import NotPositiveDefinite
 from pyronat.operators import BlockMatrix, BlockOperator, Diagonal, Solver, cholesky, lerp
+from pyronat.shared import SharedUnits
 
 FLOOR = 1e-12
 """Smallest eigenvalue of a damped Kronecker product, relative to the largest."""
@@ -518,7 +519,7 @@ def operator_from(state: dict[str, Any]) -> BlockOperator:
         content["pieces"] = tuple(_piece(**piece) for piece in content["pieces"])
     if content.get("rows") is not None:
         content["rows"] = tuple(content["rows"])
-    forms = {form.__name__: form for form in (BlockMatrix, Diagonal, Kronecker, Rows)}
+    forms = {form.__name__: form for form in (BlockMatrix, Diagonal, Kronecker, Rows, SharedUnits)}
     return forms[state["form"]](**content)
 
 

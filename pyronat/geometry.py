@@ -57,9 +57,9 @@ class Full(Geometry):
             samples on the data that gave the gradient.
         num_runs: dream runs of the model at a refresh; a run has one dream per plate element.
         structure: names or patterns of parameters (`{"decoder*": "dual"}`) → how the blocks that
-            hold them are held, see `ParamBlock.structure`: "dense", "kronecker", "kfac", "dual",
-            "cg" or "diagonal". By default a joint block of up to 2048 entries is dense, a larger
-            one is held in Kronecker factors of its layers, or by rows where it has none.
+            hold them are held, see `ParamBlock.structure`: "dense", "shared", "kronecker", "kfac",
+            "dual", "cg" or "diagonal". By default a joint block of up to 2048 entries is dense, a
+            larger one is held in Kronecker factors of its layers, or by rows where it has none.
     """
 
     expectation: Expectation = "pooled"

@@ -188,10 +188,7 @@ def _unit_factors(seen: _Seen, blocks: Sequence[ParamBlock]) -> list[Factor]:
         StructureChanged: if linear units are not those of the plan.
     """
     record, group, gate = seen.record, seen.group, seen.gate
-    factors = [
-        UnitFactor(b.name, record, group, b.count, diagonal=b.structure == "diagonal")
-        for b in blocks
-    ]
+    factors = [_unit_factor(seen, block) for block in blocks]
     first = blocks[0]
     if first.linear[first.factors.index((record.name, group.name))]:
         units = linear_units(group.coordinates[0], gate)
@@ -230,6 +227,18 @@ def _unit_factors(seen: _Seen, blocks: Sequence[ParamBlock]) -> list[Factor]:
         )
         for factor in factors
     ]
+
+
+def _unit_factor(seen: _Seen, block: ParamBlock) -> UnitFactor:
+    """The factor of a block of units, without what a run tells of it."""
+    return UnitFactor(
+        block.name,
+        seen.record,
+        seen.group,
+        block.count,
+        diagonal=block.structure == "diagonal",
+        shared=block.structure == "shared",
+    )
 
 
 def _columns(

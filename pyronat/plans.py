@@ -136,6 +136,11 @@ def _chosen(block: ParamBlock, structures: Mapping[str, Structure]) -> ParamBloc
             f"the block of {block.name} holds no layer of a network that is recognized, so it has "
             f"no Kronecker factors; choose 'dual' or 'diagonal' instead of {structure!r}"
         )
+    if structure == "shared" and not (block.structure == "unit" and all(block.linear)):
+        raise UnsupportedStructure(
+            f"the block of {block.name} does not fall into linear units, only those can share a "
+            "basis; leave it as it is, or choose 'kronecker' or 'dual' for a network"
+        )
     if structure in {"dual", "cg"} and not joint:
         raise UnsupportedStructure(
             f"the block of {block.name} falls into {block.count} units, each with a matrix of its "

@@ -20,6 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"blocks", "lattices", "autograd", "operators", "steps", "guards"})
     | {"closed_forms", "wrappers"},
+    frozenset({"shared"}),
     frozenset({"graph", "operations", "entries", "records", "geometry", "spectrum"})
     | {"joint_forms", "layers", "factored", "weights", "tables", "averaging"},
     frozenset({"index_rules", "families"}),

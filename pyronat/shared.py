@@ -1,0 +1,129 @@
+"""Units that share one basis: their Fisher matrices, diagonal in the eigenvectors of their sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyronat.errors import NotPositiveDefinite
+from pyronat.operators import JITTERS, BlockOperator, Solver
+
+MAX_ROWS = 4
+"""Rows that are kept, in multiples of the size of a unit, before an average is compressed."""
+
+
+@dataclass(frozen=True)
+class SharedUnits(BlockOperator):
+    """G_u ≈ V diag(e_u) Vᵀ for every unit u of a layer, with one orthogonal V for all.
+
+    Linear units of one layer see the same inputs a, G_u = Σ_n w_nu a_n a_nᵀ, and differ in their
+    weights alone. V holds the eigenvectors of Σ_u G_u, and e_uj = v_jᵀ G_u v_j = Σ_n w_nu (v_jᵀ
+    a_n)² is the best diagonal in that basis (George et al. 2018). Traces and Σ_u G_u are kept, and
+    nothing is approximated where the units' weights are proportional to each other. It takes
+    rows · size · (size + units) operations, the units themselves rows · size² · units.
+
+    Attributes:
+        weights: w, not negative `[rows, units]`.
+        inputs: a `[rows, size]`.
+    """
+
+    weights: Tensor
+    inputs: Tensor
+
+    @cached_property
+    def basis(self) -> Tensor:
+        """V `[size, size]`, in the type of the inputs.
+
+        Raises:
+            NotPositiveDefinite: if the sum over units is not finite.
+        """
+        total = (self.inputs * self.weights.sum(1, keepdim=True)).mT @ self.inputs
+        if not bool(torch.isfinite(total.sum())):
+            raise NotPositiveDefinite("a curvature block is not finite")
+        vectors: Tensor = torch.linalg.eigh(total.to(torch.float64)).eigenvectors
+        return vectors.to(self.inputs.dtype)
+
+    @cached_property
+    def values(self) -> Tensor:
+        """Diagonals e `[units, size]`."""
+        return self.weights.mT @ (self.inputs @ self.basis).square()
+
+    def mv(self, vectors: Tensor) -> Tensor:
+        """V diag(e_u) Vᵀ x for `[units, size]`."""
+        return ((vectors @ self.basis) * self.values) @ self.basis.mT
+
+    def dense(self) -> Tensor:
+        """The matrices `[units, size, size]`."""
+        return (self.basis * self.values.unsqueeze(1)) @ self.basis.mT
+
+    def mean_diagonal(self) -> Tensor:
+        """Mean of the diagonal of each G_u, without approximation `[units]`."""
+        return self.weights.mT @ self.inputs.square().mean(1)
+
+    def factor(self, damping: Tensor) -> SharedSolver:
+        """V diag(e + damping) Vᵀ, with jitter of 1e-7 of the mean diagonal where that is missing.
+
+        Args:
+            damping: `[units]`.
+
+        Returns:
+            The solver.
+        """
+        least = JITTERS[1] * self.mean_diagonal()
+        jitter = (least - damping).clamp_min(0)
+        return SharedSolver(
+            self.basis, self.values + (damping + jitter).unsqueeze(1), float(jitter.max())
+        )
+
+    def __add__(self, other: SharedUnits) -> SharedUnits:
+        """The rows of both."""
+        return SharedUnits(
+            torch.cat([self.weights, other.weights]), torch.cat([self.inputs, other.inputs])
+        )
+
+    def lerp(self, other: SharedUnits, share: float) -> SharedUnits:
+        """The rows of both, weighted; those of this are compressed where they are many."""
+        return self._compressed()._scaled(1 - share) + other._scaled(share)
+
+    def _scaled(self, share: float) -> SharedUnits:
+        return replace(self, weights=self.weights * share)
+
+    def _compressed(self) -> SharedUnits:
+        """The same as one row for each column of the basis, with weights e."""
+        if len(self.inputs) <= MAX_ROWS * self.inputs.shape[1]:
+            return self
+        return SharedUnits(self.values.mT, self.basis.mT)
+
+    def zeros(self) -> SharedUnits:
+        """Without rows."""
+        return SharedUnits(self.weights[:0], self.inputs[:0])
+
+    def state(self) -> dict[str, Any]:
+        """Plain tensors; what follows from them is computed again."""
+        return {"form": "SharedUnits", "weights": self.weights, "inputs": self.inputs}
+
+
+@dataclass(frozen=True)
+class SharedSolver(Solver):
+    """V diag(values) Vᵀ for every unit.
+
+    Attributes:
+        basis: V `[size, size]`.
+        values: damped eigenvalues `[units, size]`.
+        jitter: largest diagonal added beyond the damping.
+    """
+
+    basis: Tensor
+    values: Tensor
+    jitter: float
+
+    def solve(self, vectors: Tensor) -> Tensor:
+        """V diag(1 / values) Vᵀ x for `[units, size]`; 0 for units of which nothing is known."""
+        rotated = vectors @ self.basis
+        tiny = torch.finfo(self.values.dtype).tiny
+        solved = torch.where(self.values > tiny, rotated / self.values.clamp_min(tiny), 0.0)
+        return solved @ self.basis.mT

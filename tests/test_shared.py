@@ -1,0 +1,236 @@
+"""Units in one basis: what is kept, what is approximated, and training with them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pyronat
+from models.helmholtz import Helmholtz
+from pyronat.curvature import gram
+from pyronat.errors import NotPositiveDefinite, UnsupportedStructure
+from pyronat.factored import operator_from
+from pyronat.operators import BlockMatrix
+from pyronat.shared import MAX_ROWS, SharedUnits
+from tests.states import parameters, same
+
+UNITS, SIZE = 4, 3
+
+
+def random_units(rows: int = 7) -> SharedUnits:
+    return SharedUnits(torch.rand(rows, UNITS), torch.randn(rows, SIZE))
+
+
+def exact(shared: SharedUnits) -> Tensor:
+    return gram(shared.weights, shared.inputs)
+
+
+def test_traces_and_the_sum_over_units_are_kept() -> None:
+    shared = random_units()
+    found, reference = shared.dense(), exact(shared)
+    torch.testing.assert_close(found.sum(0), reference.sum(0))
+    traces = reference.diagonal(dim1=1, dim2=2).mean(1)
+    torch.testing.assert_close(found.diagonal(dim1=1, dim2=2).mean(1), traces)
+    torch.testing.assert_close(shared.mean_diagonal(), traces)
+    assert (found - reference).abs().max() > 0.01 * reference.abs().max(), "nothing is lost"
+
+
+def test_proportional_weights_lose_nothing() -> None:
+    weights = torch.rand(7, 1) * torch.rand(UNITS)
+    shared = SharedUnits(weights, torch.randn(7, SIZE))
+    torch.testing.assert_close(shared.dense(), exact(shared))
+
+
+def test_orthogonal_inputs_lose_nothing() -> None:
+    inputs = torch.linalg.qr(torch.randn(SIZE, SIZE)).Q
+    shared = SharedUnits(torch.rand(SIZE, UNITS), inputs)
+    torch.testing.assert_close(shared.dense(), exact(shared))
+
+
+def test_values_are_the_best_diagonal_in_the_basis() -> None:
+    shared = random_units()
+    rotated = shared.basis.mT @ exact(shared) @ shared.basis
+    torch.testing.assert_close(shared.values, rotated.diagonal(dim1=1, dim2=2))
+    eye = torch.eye(SIZE)
+    torch.testing.assert_close(shared.basis.mT @ shared.basis, eye)
+    total = shared.basis.mT @ exact(shared).sum(0) @ shared.basis
+    assert (total - torch.diag(total.diagonal())).abs().max() < 1e-12 * total.abs().max()
+
+
+def test_products_and_solutions() -> None:
+    shared, vectors = random_units(), torch.randn(UNITS, SIZE)
+    dense = shared.dense()
+    torch.testing.assert_close(shared.mv(vectors), BlockMatrix(dense).mv(vectors))
+    damping = torch.rand(UNITS)
+    factor = shared.factor(damping)
+    expected = BlockMatrix(dense).factor(damping).solve(vectors)
+    assert not factor.jitter
+    torch.testing.assert_close(factor.solve(vectors), expected)
+    swapped = shared.factor(damping.flip(0)).solve(vectors)
+    assert not torch.allclose(swapped, expected), "each unit has a damping of its own"
+
+
+def test_singular_units_get_jitter_and_unknown_ones_stay() -> None:
+    shared = SharedUnits(torch.tensor([[1.0, 0.0]]), torch.randn(1, SIZE))
+    factor = shared.factor(torch.zeros(2))
+    largest = float(shared.mean_diagonal().max())
+    assert factor.jitter == pytest.approx(1e-7 * largest)
+    solved = factor.solve(torch.ones(2, SIZE))
+    assert solved.isfinite().all() and solved[0].abs().max() > 0 and not solved[1].any()
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    shared = random_units()
+    shared.inputs[0, 0] = torch.nan
+    with pytest.raises(NotPositiveDefinite, match="not finite"):
+        shared.factor(torch.ones(UNITS))
+
+
+def test_sums_and_averages() -> None:
+    one, two = random_units(), random_units(2)
+    torch.testing.assert_close(exact(one + two), exact(one) + exact(two))
+    mixed = one.lerp(two, 0.25)
+    torch.testing.assert_close(exact(mixed), 0.75 * exact(one) + 0.25 * exact(two))
+    assert not exact(one.zeros()).any()
+    torch.testing.assert_close((one + two.zeros()).dense(), one.dense())
+
+
+def test_many_rows_are_compressed_without_a_change() -> None:
+    many, one = random_units(MAX_ROWS * SIZE + 1), random_units(1)
+    mixed = many.lerp(one, 0.0)
+    assert len(mixed.inputs) == SIZE + 1
+    torch.testing.assert_close(mixed.dense(), many.dense())
+    few = random_units(MAX_ROWS * SIZE).lerp(one, 0.5)
+    assert len(few.inputs) == MAX_ROWS * SIZE + 1
+
+
+def test_a_long_average_keeps_traces_and_sum() -> None:
+    average = random_units(20)
+    reference = exact(average)
+    for _ in range(30):
+        new = random_units(20)
+        average, reference = average.lerp(new, 0.2), 0.8 * reference + 0.2 * exact(new)
+    assert len(average.inputs) <= MAX_ROWS * SIZE + 20
+    torch.testing.assert_close(average.dense().sum(0), reference.sum(0))
+    torch.testing.assert_close(average.mean_diagonal(), reference.diagonal(dim1=1, dim2=2).mean(1))
+
+
+def test_a_state_gives_it_back() -> None:
+    shared = random_units()
+    assert shared.values.isfinite().all()  # what is cached is no part of the state
+    state = shared.state()
+    assert set(state) == {"form", "weights", "inputs"}
+    again = operator_from(state)
+    assert torch.equal(again.dense(), shared.dense())
+
+
+# --- programs ------------------------------------------------------------------------------------
+
+SHARED = pyronat.Full("model", structure={"*": "shared"})
+LAYERS = pyronat.Full(structure={"layer*": "shared"})
+
+
+def machine() -> tuple[Helmholtz, Tensor]:
+    x = (torch.rand(300, 16) < torch.linspace(0.1, 0.9, 16)).double()
+    return Helmholtz((16, 8, 4), visible_mean=x.mean(0)), x
+
+
+def test_the_metric_of_a_program() -> None:
+    net, x = machine()
+
+    def of(geometry: pyronat.Full) -> Any:
+        pyro.set_rng_seed(1)
+        return pyronat.fisher(net.model, x, geometry=geometry, num_samples=500)
+
+    full, shared = of(pyronat.Full("model")), of(replace(LAYERS, expectation="model"))
+    for name, block in shared.blocks.items():
+        other = full.blocks[name]
+        if name.startswith("layer"):
+            assert isinstance(block, SharedUnits)
+        torch.testing.assert_close(block.dense().sum(0), other.dense().sum(0))
+        torch.testing.assert_close(block.mean_diagonal(), other.mean_diagonal())
+    top = next(name for name in shared.blocks if name.startswith("layer1"))
+    error = (shared.blocks[top].dense() - full.blocks[top].dense()).norm()
+    assert 0 < error < 0.1 * full.blocks[top].dense().norm()
+
+
+def trained(geometry: pyronat.Full, steps: int) -> tuple[pyronat.NaturalSVI, Helmholtz, Tensor]:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    net, x = machine()
+    optim = pyronat.NaturalGradient(lr=0.3, geometry=geometry)
+    loss = pyronat.ReweightedWakeSleep(5, vectorize_particles=True, max_plate_nesting=1)
+    svi = pyronat.NaturalSVI(net.model, net.guide, optim, loss)
+    for _ in range(steps):
+        svi.step(x)
+    return svi, net, x
+
+
+def test_training_is_as_good_as_with_matrices() -> None:
+    finals = {}
+    for name, geometry in (("unit", pyronat.Full()), ("shared", LAYERS)):
+        svi, net, x = trained(geometry, 40)
+        assert svi.info is not None and svi.info.accepted
+        finals[name] = -float(net.exact_log_likelihood(x).mean())
+    start = -float(trained(LAYERS, 0)[1].exact_log_likelihood(x).mean())
+    assert finals["shared"] < finals["unit"] + 0.1 * (start - finals["unit"])
+
+
+def test_resuming_is_exact(tmp_path: Path) -> None:
+    def train(resume: bool) -> dict[str, Tensor]:
+        svi, _, x = trained(LAYERS, 8)
+        if resume:
+            svi.optim.save(str(tmp_path / "optim.pt"))
+            optim = pyronat.NaturalGradient(lr=0.3, geometry=LAYERS)
+            svi = pyronat.NaturalSVI(svi.model, svi.guide, optim, svi.loss)
+            svi.optim.load(str(tmp_path / "optim.pt"))
+        for _ in range(8):
+            svi.step(x)
+        return parameters()
+
+    assert same(train(False), train(True))
+
+
+def test_the_report_says_so() -> None:
+    svi, _, _ = trained(LAYERS, 1)
+    assert svi.net is not None
+    blocks = {block.name: block for block in svi.net.blocks}
+    (layer,) = [block for name, block in blocks.items() if name.startswith("layer1")]
+    assert layer.structure == "shared" and not layer.exact
+    assert layer.matrix_entries == 16 * 9 + 9**2 < 16 * 9**2
+    assert layer.factor_flops == 9**3
+    assert "shared" in str(svi.net)
+
+
+def network(x: Tensor) -> None:
+    first = pyro.param("first", lambda: torch.randn(3, 2))
+    last = pyro.param("last", lambda: torch.randn(2, 3))
+    inputs = torch.linspace(-1, 1, 2 * len(x)).reshape(-1, 2)
+    with pyro.plate("data", len(x)):
+        logits = F.linear(torch.tanh(F.linear(inputs, first)), last)
+        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+
+def table(x: Tensor) -> None:
+    probs = pyro.param(
+        "probs", lambda: torch.full((2, 2), 0.5), constraint=dist.constraints.simplex
+    )
+    with pyro.plate("data", len(x)):
+        h = pyro.sample("h", dist.Bernoulli(torch.tensor(0.5)))
+        pyro.sample("x", dist.Categorical(probs[h.long()]), obs=x[:, 0])
+
+
+@pytest.mark.parametrize("program", [network, table])
+def test_only_linear_units_share_a_basis(program: Any) -> None:
+    x = (torch.rand(10, 2) < 0.5).double()
+    with pytest.raises(UnsupportedStructure, match="linear units"):
+        pyronat.fisher(program, x, geometry=SHARED)
+    assert pyronat.fisher(program, x, geometry=pyronat.Full("model")).blocks

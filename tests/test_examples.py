@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyro
 import pytest
 import torch
 
-from examples import zoo
+from examples import mnist, zoo
 from models.registry import programs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -20,6 +22,7 @@ OUTPUTS = {
     "bnlearn_hidden": {"curves.png", "results.json", "table.md"},
     "digits": {"curves.png", "digits.png", "metrics.jsonl"},
     "missing_information": {"paths.png", "results.json", "table.md"},
+    "mnist": {"curves.png", "runs.jsonl", "table.md"},
     "variational": {"curves.png", "results.json", "table.md"},
     "zoo": {"curves.png", "results.json", "table.md"},
 }
@@ -45,7 +48,10 @@ def test_every_example_is_listed() -> None:
 @pytest.mark.parametrize("name", sorted(OUTPUTS))
 def test_example_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "folder"
-    importlib.import_module(f"examples.{name}").main(["--quick", "--output", str(output)])
+    arguments = ["--quick", "--output", str(output)]
+    if name == "mnist":
+        arguments += ["--data", str(write_bits(tmp_path / "bits.npz"))]
+    importlib.import_module(f"examples.{name}").main(arguments)
     printed = capsys.readouterr().out
     assert str(output) in printed
     assert {path.name for path in output.iterdir()} == OUTPUTS[name]
@@ -53,6 +59,8 @@ def test_example_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert path.read_bytes().startswith(b"\x89PNG")
     if name == "digits":
         check_digits(output, printed)
+    if name == "mnist":
+        check_mnist(output, printed)
     if name == "variational":
         check_variational(output, printed)
     if name == "zoo":
@@ -71,6 +79,107 @@ def check_digits(output: Path, printed: str) -> None:
     finals = {m["method"]: m["nll"] for m in lines if (m["split"], m["epoch"]) == ("test", 2)}
     assert len(finals) == 4
     assert all(15 < nll < 25 for nll in finals.values())
+
+
+def write_bits(path: Path, **changes: Any) -> Path:
+    """Writes 8 x 8 images of bars in the form of a binarized MNIST.
+
+    Args:
+        path: The file.
+        **changes: Other arrays, None to leave one out.
+
+    Returns:
+        The file.
+    """
+    random = np.random.default_rng(0)
+    splits = {"train_bits": 300, "valid_bits": 60, "test_bits": 80}
+    arrays: dict[str, Any] = {
+        key: np.packbits(np.repeat(random.random((size, 8)) < 0.3, 8, axis=1), axis=1)
+        for key, size in splits.items()
+    }
+    np.savez(path, **{k: v for k, v in {**arrays, **changes}.items() if v is not None})
+    return path
+
+
+def check_mnist(output: Path, printed: str) -> None:
+    """Every method ran from the same start to its end, those with many rates after a search."""
+    lines = [json.loads(line) for line in (output / "runs.jsonl").read_text().splitlines()]
+    assert (output / "table.md").read_text() in printed + "\n"
+    assert all(line["error"] is None and math.isfinite(line["nll"]) for line in lines)
+    methods = {method.name: len(method.rates) > 1 for method in mnist.METHODS.values()}
+    assert {line["method"] for line in lines} == set(methods)
+    starts = {line["split"]: line["nll"] for line in lines if line["steps"] == 0}
+    for name, searched in methods.items():
+        searches, tests = (
+            [line for line in lines if (line["method"], line["split"]) == (name, split)]
+            for split in ("validation", "test")
+        )
+        assert len(searches) == (2 * 2 if searched else 0)
+        assert [line["minutes"] for line in tests] == [0.0, 0.25 / 60, 0.5 / 60]
+        assert tests[0]["nll"] == starts["test"] > tests[-1]["nll"]
+        assert all(line["seconds"] >= 60 * line["minutes"] for line in tests)
+        assert tests[-1]["steps"] > 0
+        assert len({line["rate"] for line in tests}) == 1
+        assert {line["rate"] for line in tests} <= {line["rate"] for line in searches or tests}
+
+
+def test_mnist_reads_packed_bits(tmp_path: Path) -> None:
+    bits = np.zeros((4, 2), dtype=np.uint8)
+    bits[0] = 0b10000001, 0b00000010
+    data = mnist.load_data(write_bits(tmp_path / "bits.npz", valid_bits=bits))
+    assert data.train.shape == (300, 64) and data.test.shape == (80, 64)
+    assert data.validation.shape == (4, 16) and data.validation.sum() == 3
+    assert data.validation[0].nonzero().flatten().tolist() == [0, 7, 14]
+    with pytest.raises(ValueError, match="has no test_bits"):
+        mnist.load_data(write_bits(tmp_path / "part.npz", test_bits=None))
+
+
+def test_mnist_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.zeros((40, 784))
+    images[:, ::2], images[0, 0] = 255, 0
+    fetches: list[str] = []
+
+    def fetch(name: str, **options: Any) -> SimpleNamespace:
+        fetches.append(name)
+        return SimpleNamespace(data=images)
+
+    monkeypatch.setattr(mnist, "fetch_openml", fetch)
+    monkeypatch.setattr(mnist, "get_data_home", lambda: str(tmp_path))
+    monkeypatch.setattr(mnist, "NUM_TRAIN", 20)
+    monkeypatch.setattr(mnist, "NUM_TEST", 10)
+    data = mnist.load_data(mnist.fetched())
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [20, 10, 10]
+    assert torch.equal(
+        torch.cat([data.train, data.validation, data.test]) > 0, torch.tensor(images) > 0
+    )
+    mnist.load_data(mnist.fetched())
+    assert fetches == ["mnist_784"]
+
+
+def test_mnist_rates_fall_with_the_time_that_is_spent() -> None:
+    clock = mnist.Clock(10.0)
+    assert clock.decay(0) == clock.decay(99) == 1
+    clock.seconds = 4.0
+    assert clock.decay(0) == pytest.approx(0.6)
+    clock.seconds = 11.0
+    assert clock.decay(0) == mnist.FLOOR
+
+
+@pytest.mark.parametrize(
+    "target, minutes", [(9.0, 0.0), (6.0, 1.5), (7.0, 1.0), (5.0, 2.0), (4.9, None)]
+)
+def test_mnist_when_a_curve_is_down(target: float, minutes: float | None) -> None:
+    curve = [(0.0, 9.0), (1.0, 7.0), (2.0, 5.0)]
+    assert mnist.reached(curve, target) == minutes
+
+
+def test_mnist_rates_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    options = mnist.parse(["--rates", "adam=0.5", "two-rate=0.1:0.2,0.3", "--methods", "two-rate"])
+    assert list(options.methods) == ["two-rate"]
+    assert options.methods["two-rate"].rates == (mnist.Rate(0.1, 0.2), mnist.Rate(0.3, 0.3))
+    with pytest.raises(SystemExit):
+        mnist.parse(["--rates", "sgd=1"])
+    assert "METHOD=RATE" in capsys.readouterr().err
 
 
 def check_variational(output: Path, printed: str) -> None:

@@ -55,6 +55,10 @@ class UnassignedParameter(PyronatError):
     """A parameter belongs to no geometry and no `others` optimizer."""
 
 
+class UnknownName(PyronatError):
+    """A pattern of names matches no parameter that it could be for."""
+
+
 class CheckpointMismatch(PyronatError):
     """An optimizer state does not fit the optimizer or the program it is loaded into."""
 

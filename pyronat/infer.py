@@ -268,6 +268,7 @@ class NaturalSVI:
                     self._judge(params, loss, call)
                     if refresh:
                         sides = self._refreshed(observer, call, params)
+                    optim.shrink(gradients)
                     sides, trial = self._move(sides, gradients, params, loss, call)
             except BaseException:
                 optim.caution, optim.unjudged = judged
@@ -317,7 +318,7 @@ class NaturalSVI:
         optim, rule = self.optim, self.optim.rule
         caution = optim.caution
         if rule is None:
-            proposal = optim.propose(sides, gradients)
+            proposal = optim.shaped(sides, optim.propose(sides, gradients), gradients)
             before = optim.watched(proposal, params)
             accepted = applied(proposal, params, optim)
             optim.unjudged = before if accepted else None

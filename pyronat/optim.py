@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import pyro.optim
@@ -19,13 +19,15 @@ from pyronat.errors import (
 )
 from pyronat.geometry import Full, Geometry, Visible
 from pyronat.others import kind_of, restore, state_of
-from pyronat.planning import Planner
+from pyronat.planning import Planner, check_names
 from pyronat.programs import KnownProgram
 from pyronat.proposals import Proposal, Unjudged, step_scalars
-from pyronat.sides import Kind, Role, Side, restored_program
+from pyronat.shaping import Shape, shaped
+from pyronat.sides import Kind, Role, Side
 from pyronat.spectrum import VisibleAverage
 from pyronat.steps import (
     Caution,
+    Clip,
     Constant,
     ConstantDamping,
     Damping,
@@ -34,6 +36,7 @@ from pyronat.steps import (
     LevenbergMarquardt,
     LeverageDamping,
     Moments,
+    PerName,
     PolyakRuppert,
     ReachScaledAdam,
     RunningAverage,
@@ -54,8 +57,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
     information, or excluded by name go to `others`, with the gradient of the same backward pass.
 
     Args:
-        lr: learning rate, or a schedule from step number to rate. An adaptive rule
-            (`steps.LevenbergMarquardt`) sets the length of natural steps itself.
+        lr: learning rate, a schedule from step number to rate, or `steps.PerName`. An adaptive
+            rule (`steps.LevenbergMarquardt`) sets the length of natural steps itself.
         geometry: metric of the model, `Full()`, `Visible()` or `Euclidean()`.
         guide_geometry: metric of the guide. By default `Full()` if all its sites are of a
             reparametrized continuous family, else `Euclidean()`: the gradient of an amortized
@@ -69,6 +72,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             Euclidean side take steps of `steps.ReachScaledAdam`; those without a Fisher
             information, or in a dense block too large to measure, of Adam with rate 1e-3.
         exclude: names or patterns (`"encoder*"`) of parameters to leave to `others`.
+        clip: bounds on the norms of gradients. By default there are none.
         seed: seed of the dreams, which never touch the random numbers of the training.
         averaging: how all parameters that steps move are averaged over the steps, in unconstrained
             coordinates; `NaturalSVI.averaged` shows the averages. By default they are not.
@@ -87,6 +91,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         curvature: RunningAverage | None = None,
         others: pyro.optim.PyroOptim | None = None,
         exclude: Sequence[str] = (),
+        clip: Clip | None = None,
         seed: int = 0,
         averaging: PolyakRuppert | None = None,
     ) -> None:
@@ -98,6 +103,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self.trust_region = trust_region or KLTrustRegion()
         if isinstance(guide_geometry, Visible):
             raise ValueError("a guide hides nothing: guide_geometry is Full(...) or Euclidean()")
+        self.clip = clip or Clip()
         self.rule = self._rule()
         whole = RunningAverage() if self.rule is None else RunningAverage(0.0, 1)
         self._curvature = curvature
@@ -139,12 +145,14 @@ class NaturalGradient(pyro.optim.PyroOptim):
             The rule.
 
         Raises:
-            ValueError: if there are two.
+            ValueError: if there are two, or if something else shapes its steps.
         """
         mixing = self.geometry.mixing if isinstance(self.geometry, Visible) else None
         rules = [rule for rule in (mixing, self.damping) if isinstance(rule, LevenbergMarquardt)]
         if len(rules) > 1:
             raise ValueError("either mixing or damping is adapted, not both")
+        if rules and (isinstance(self.lr, PerName) or self.clip.natural < math.inf):
+            raise ValueError("an adaptive rule sets the length of steps: no PerName, no Clip")
         return rules[0] if rules else None
 
     def mixing(self, caution: Caution) -> float:
@@ -175,8 +183,12 @@ class NaturalGradient(pyro.optim.PyroOptim):
 
         Raises:
             UnassignedParameter: if model and guide share a parameter.
+            UnknownName: if a factor of the learning rate is for no parameter.
         """
-        self.sides = self._planner.sides(programs)
+        sides = self._planner.sides(programs)
+        if isinstance(self.lr, PerName):
+            check_names(self.lr, sides, self.others is not None)
+        self.sides = sides
         self._settle()
         if self._pending is not None:
             self._restore(self._pending)
@@ -338,6 +350,27 @@ class NaturalGradient(pyro.optim.PyroOptim):
                     )
         return Proposal(changes, moments, scalars)
 
+    def shaped(
+        self,
+        sides: Mapping[Role, Side],
+        proposal: Proposal,
+        gradients: Mapping[str, Tensor],
+    ) -> Proposal:
+        """A step of `propose` within the bound on gradients, with rates of single parameters."""
+        lr, step = self.lr, self.step_count
+        bound = self.clip.natural_factor(proposal.scalars["natural_norm"])
+        if not isinstance(lr, PerName):
+            return shaped(proposal, sides, gradients, Shape(natural=bound))
+        by_name = {name: lr.factor(name, step) for name in proposal.changes}
+        proposal = shaped(proposal, sides, gradients, Shape(natural=bound, by_name=by_name))
+        inside = self.trust_region.factor(proposal.scalars["kl"])
+        return shaped(proposal, sides, gradients, Shape(natural=inside))
+
+    def shrink(self, gradients: Mapping[str, Tensor]) -> None:
+        """Scales gradients without a metric in place, where their norm exceeds its bound."""
+        kinds = self.assignment(list(gradients))
+        self.clip.shrink({n: g for n, g in gradients.items() if kinds[n] != "natural"})
+
     def watched(self, proposal: Proposal, params: Mapping[str, Tensor]) -> Unjudged | None:
         """What the next batch needs to judge a step of the model, if a rule asks for it."""
         if self.held_out is None:
@@ -426,26 +459,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         return "no adaptive rule" if rule is None else f"{what} by {type(rule).__name__}"
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        if state["sides"] and set(state["sides"]) != set(self.sides):
-            raise CheckpointMismatch(
-                f"the state has sides {sorted(state['sides'])}, the program {sorted(self.sides)}"
-            )
-        sides = {}
-        programs = {
-            role: restored_program(side.plan.program, state["sides"][role], role)
-            for role, side in self.sides.items()
-            if state["sides"]
-        }
-        for role, side in self.sides.items():
-            if programs:
-                plan = self._planner.plan(programs[role], side.geometry)
-                districts = self._planner.districts(plan, side.geometry, programs["guide"].net)
-                sides[role] = side.restored(state["sides"][role], plan, districts)
-            else:
-                # A state from before the first step has no sides: it is a start.
-                sides[role] = replace(
-                    side, refreshes=0, average={}, solved={}, visible={}, spectra={}
-                )
+        sides = self._planner.restored(self.sides, state["sides"])
         self.step_count, self.seed = state["step_count"], state["seed"]
         self.caution = Caution(**state["caution"])
         self.unjudged = None if state["unjudged"] is None else Unjudged(**state["unjudged"])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from pyronat.districts import DistrictPlan, plan_districts
-from pyronat.errors import UnassignedParameter
+from pyronat.errors import CheckpointMismatch, UnassignedParameter, UnknownName
 from pyronat.families import is_reparametrized
 from pyronat.geometry import Euclidean, Full, Geometry, Visible
 from pyronat.graph import BayesNet
 from pyronat.plans import Plan, make_plan
 from pyronat.programs import KnownProgram
-from pyronat.sides import Role, Side
+from pyronat.sides import Role, Side, restored_program
+from pyronat.steps import PerName
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,37 @@ class Planner:
             program, excluded, required=bool(geometry.sources), structures=geometry.structures
         )
 
+    def restored(self, sides: Mapping[Role, Side], states: Mapping[str, Any]) -> dict[Role, Side]:
+        """Sides with the averages of their states; those of no state are a start.
+
+        Args:
+            sides: model and guide.
+            states: what `Side.state` returned, by role, or nothing.
+
+        Returns:
+            The sides.
+
+        Raises:
+            CheckpointMismatch: if the states are of other sides or programs.
+        """
+        if not states:
+            start: dict[str, Any] = {"average": {}, "solved": {}, "visible": {}, "spectra": {}}
+            return {role: replace(side, refreshes=0, **start) for role, side in sides.items()}
+        if set(states) != set(sides):
+            raise CheckpointMismatch(
+                f"the state has sides {sorted(states)}, the program {sorted(sides)}"
+            )
+        programs = {
+            role: restored_program(side.plan.program, states[role], role)
+            for role, side in sides.items()
+        }
+        found = {}
+        for role, side in sides.items():
+            plan = self.plan(programs[role], side.geometry)
+            districts = self.districts(plan, side.geometry, programs["guide"].net)
+            found[role] = side.restored(states[role], plan, districts)
+        return found
+
     def _is_excluded(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
@@ -83,6 +116,27 @@ class Planner:
             block.structure != "dense" or block.size <= 1024 for block in net.blocks
         )
         return Full() if suits else Euclidean()
+
+
+def check_names(lr: PerName, sides: Mapping[Role, Side], has_others: bool) -> None:
+    """Refuses factors of the learning rate that are for no parameter.
+
+    Args:
+        lr: the learning rate.
+        sides: model and guide.
+        has_others: whether sides without a metric go to another optimizer.
+
+    Raises:
+        UnknownName: if there are any.
+    """
+    moved = {n for s in sides.values() if s.natural or not has_others for n in s.plan.owner()}
+    if unmatched := lr.unmatched(moved):
+        there = sorted(moved | {name for side in sides.values() for name in side.net.params})
+        raise UnknownName(
+            f"{', '.join(map(repr, unmatched))} in lr=PerName(...) match no parameter of a natural "
+            f"step or of the scaled Adam; `others` have rates of their own. There are: "
+            f"{', '.join(there)}"
+        )
 
 
 def _reaching(net: BayesNet) -> set[str]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-Schedule: TypeAlias = Callable[[int], float]
-"""Step number, from 0, → learning rate."""
+from pyronat.rates import Clip as Clip
+from pyronat.rates import FromTorch as FromTorch
+from pyronat.rates import PerName as PerName
+from pyronat.rates import Schedule as Schedule
 
 
 @dataclass(frozen=True)

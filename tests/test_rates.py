@@ -262,8 +262,8 @@ def test_schedulers_of_pyro_resume(kind: str, tmp_path: Path) -> None:
         for _ in range(3):
             epoch_ends(others, kind, 1e9)
             losses.append(svi.step(X))
-    rates = {single.optimizer.param_groups[0]["lr"] for single in others.optim_objs.values()}
-    assert len(rates) == 1 and max(rates) < 0.05
+        rates = {single.optimizer.param_groups[0]["lr"] for single in others.optim_objs.values()}
+        assert len(rates) == 1 and max(rates) < 0.05
         return losses, parameters()
 
     svi, others = with_scheduler(kind)

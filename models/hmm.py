@@ -127,14 +127,24 @@ class DiscreteHMM:
             Symbols, 0 up to the number of symbols, torch.long, shape [size, length].
         """
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        transition = self._truth(self.num_states, _STAY, generator)
-        emission = self._truth(self.num_symbols, _TYPICAL, generator)
+        _, transition, emission = self._truths(generator).values()
         state = torch.randint(self.num_states, (size,), generator=generator, device="cpu")
         symbols = [_pick(emission[state], generator)]
         for _ in range(1, self.length):
             state = _pick(transition[state], generator)
             symbols.append(_pick(emission[state], generator))
         return torch.stack(symbols, -1).to(torch.get_default_device())
+
+    def make_truth(self, seed: int) -> dict[str, Tensor]:
+        """The parameters behind the data of `make_data`.
+
+        Args:
+            seed: Seed of the parameters.
+
+        Returns:
+            Parameters by name, in double precision on the CPU.
+        """
+        return self._truths(torch.Generator(device="cpu").manual_seed(seed))
 
     def model(self, x: Tensor) -> None:
         """The program, with hidden sites "z0", "z1" and so on, which Pyro can enumerate.
@@ -237,6 +247,15 @@ class DiscreteHMM:
                 f" got {x.dtype} of shape {list(x.shape)}"
             )
         return x.unbind(-1)
+
+    def _truths(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random parameters of overlapping states; all are as likely at the first step."""
+        count = self.num_states
+        return {
+            "initial": torch.full((count,), 1 / count, dtype=torch.float64, device="cpu"),
+            "transition": self._truth(count, _STAY, generator),
+            "emission": self._truth(self.num_symbols, _TYPICAL, generator),
+        }
 
     def _truth(self, columns: int, large: float, generator: torch.Generator) -> Tensor:
         """Random rows with one large entry each, which lie close to a regular pattern."""

@@ -228,6 +228,19 @@ def make_data(seed: int, size: int = 2000, separation: float = 0.9) -> Tensor:
     Returns:
         Data, 0 or 1 as floats, shape [size, 8].
     """
+    return _classes.sample(make_truth(seed, separation), size, seed)
+
+
+def make_truth(seed: int, separation: float = 0.9) -> dict[str, Tensor]:
+    """The parameters behind the data of `make_data`.
+
+    Args:
+        seed: Seed of the parameters.
+        separation: Mean logit of an item in the class that it marks.
+
+    Returns:
+        Constrained values by parameter name, in double precision on the CPU.
+    """
     generator = torch.Generator("cpu").manual_seed(seed + TRUTH_OFFSET)
     shape = (_classes.num_classes, _classes.num_items)
     classes, items = (torch.arange(count, device="cpu") for count in shape)
@@ -235,4 +248,4 @@ def make_data(seed: int, size: int = 2000, separation: float = 0.9) -> Tensor:
     spread = 0.6 + 0.8 * torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
     weights = torch.full(shape[:1], 1 / shape[0], dtype=torch.float64, device="cpu")
     logits = separation * spread * torch.where(own, 1.0, -1 / 3)
-    return _classes.sample({"weights": weights, "probs": torch.sigmoid(logits)}, size, seed)
+    return {"weights": weights, "probs": torch.sigmoid(logits)}

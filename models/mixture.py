@@ -226,11 +226,22 @@ def make_data(seed: int, size: int = 2000, separation: float = 0.9) -> Tensor:
     Returns:
         Data, shape [size, 2].
     """
+    return _mixture.sample(make_truth(separation), size, seed)
+
+
+def make_truth(separation: float = 0.9) -> dict[str, Tensor]:
+    """The parameters behind the data of `make_data`.
+
+    Args:
+        separation: Distance between any two of the means.
+
+    Returns:
+        Constrained values by parameter name, in double precision on the CPU.
+    """
     angle = 2 * math.pi / 3 * torch.arange(3, dtype=torch.float64, device="cpu")
     ring = torch.stack([angle.cos(), angle.sin()], dim=-1) / math.sqrt(3)
-    truth = {
+    return {
         "weights": torch.full((3,), 1 / 3, dtype=torch.float64, device="cpu"),
         "loc": separation * ring,
         "scale": torch.tensor(_TRUE_SCALES, dtype=torch.float64, device="cpu"),
     }
-    return _mixture.sample(truth, size, seed)

@@ -8,6 +8,7 @@ from pyronat.geometry import Euclidean, Full, Visible
 from pyronat.graph import BayesNet, District, Site
 from pyronat.infer import NaturalSVI
 from pyronat.optim import NaturalGradient
+from pyronat.presets import streaming
 from pyronat.reports import JSONLines, StepInfo
 from pyronat.rws import ReweightedWakeSleep
 from pyronat.study import Fisher, VisibleFisher, fisher
@@ -31,5 +32,6 @@ __all__ = [
     "analyze",
     "fisher",
     "steps",
+    "streaming",
     "testing",
 ]

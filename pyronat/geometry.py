@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 from pyronat.blocks import CHOICES, Structure
-from pyronat.steps import HeldOut, LevenbergMarquardt
+from pyronat.steps import HeldOut, LevenbergMarquardt, RetainedShare
 
 Source: TypeAlias = Literal["dreams", "posterior", "exact"]
 """Where the parents of a site come from when its Fisher information is averaged."""
@@ -110,7 +110,7 @@ class Visible(Geometry):
     Attributes:
         mixing: ρ, a schedule from step number to ρ, or a rule that adapts it:
             `steps.LevenbergMarquardt`, for losses without noise, or `steps.HeldOut`, for
-            minibatches.
+            minibatches, or `steps.RetainedShare`, for streams.
         posterior: where p(h|v) comes from,
 
             - "guide": weighted guide draws, the dream's own h among them;
@@ -136,7 +136,7 @@ class Visible(Geometry):
             `Full("model")` for "enumerate", else `Full()`.
     """
 
-    mixing: float | Callable[[int], float] | LevenbergMarquardt | HeldOut = 0.3
+    mixing: float | Callable[[int], float] | LevenbergMarquardt | HeldOut | RetainedShare = 0.3
     num_particles: int = 10
     num_dreams: int | None = None
     posterior: Posterior = "guide"

@@ -39,6 +39,7 @@ from pyronat.steps import (
     PerName,
     PolyakRuppert,
     ReachScaledAdam,
+    RetainedShare,
     RunningAverage,
     Schedule,
 )
@@ -155,11 +156,13 @@ class NaturalGradient(pyro.optim.PyroOptim):
             raise ValueError("an adaptive rule sets the length of steps: no PerName, no Clip")
         return rules[0] if rules else None
 
-    def mixing(self, caution: Caution) -> float:
-        """ρ of the model's geometry at this step."""
+    def mixing(self, caution: Caution) -> float | RetainedShare:
+        """ρ of the model's geometry at this step, or the rule for it by district."""
         if not isinstance(self.geometry, Visible):
             return 1.0
         mixing = self.geometry.mixing
+        if isinstance(mixing, RetainedShare):
+            return mixing
         if isinstance(mixing, (LevenbergMarquardt, HeldOut)):
             return caution.value
         return float(mixing(self.step_count)) if callable(mixing) else float(mixing)

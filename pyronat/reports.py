@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pyronat.optim import NaturalGradient
 from pyronat.sides import Role, Side
+from pyronat.spectrum import Spectrum
+from pyronat.steps import RetainedShare
 from pyronat.trials import Trial
 
 
@@ -100,7 +102,7 @@ def describe(
         default=0.0,
     )
     ess, dream_ess = samples
-    spectra = sides["model"].spectra.values() if trial.proposal is not None else ()
+    spectra = list(sides["model"].spectra.values()) if trial.proposal is not None else []
     return StepInfo(
         step=optim.step_count,
         loss=loss,
@@ -110,13 +112,20 @@ def describe(
         lr=optim.step_length(trial.used),
         **dict(zip(names, values, strict=True)),
         jitter=jitter,
-        mixing=optim.mixing(trial.used),
+        mixing=_mixing(optim.mixing(trial.used), spectra),
         missing=max((some.missing() for some in spectra), default=None),
         tries=trial.tries,
         ess=None if ess is None else float(ess),
         dream_ess=_quantiles(dream_ess),
         refreshed=refreshed,
     )
+
+
+def _mixing(rule: float | RetainedShare, spectra: Sequence[Spectrum]) -> float:
+    """ρ, the smallest of all districts where a rule chooses it; 1 where there are none."""
+    if isinstance(rule, float):
+        return rule
+    return min((some.mixing_by(rule) for some in spectra), default=1.0)
 
 
 def _reason(trial: Trial, loss: float) -> str | None:

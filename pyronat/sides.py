@@ -20,7 +20,7 @@ from pyronat.operators import BlockOperator, CholeskyFactor, Solver, add_parts
 from pyronat.plans import Plan
 from pyronat.programs import KnownProgram
 from pyronat.spectrum import Spectrum, VisibleAverage, spectrum
-from pyronat.steps import Damping, RunningAverage
+from pyronat.steps import Damping, RetainedShare, RunningAverage
 
 Role: TypeAlias = Literal["model", "guide"]
 
@@ -173,6 +173,7 @@ class Side:
                     for name in district.blocks
                     if isinstance(factor := solved[name].factor, CholeskyFactor)
                 },
+                {name: solved[name].damping for name in district.blocks},
             )
             for district in self.districts
             # A branch that no run has taken yet leaves blocks without a factor.
@@ -199,14 +200,14 @@ class Side:
     def directions(
         self,
         gradients: Mapping[str, Tensor],
-        mixing: float = 1.0,
+        mixing: float | RetainedShare = 1.0,
         bound: Bound | None = None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Natural gradients d = A⁻¹ g by parameter, and the products that describe them.
 
         Args:
             gradients: g by parameter name.
-            mixing: ρ; with 1, A = G + λ.
+            mixing: ρ, or a rule for each district; with 1, A = G + λ.
             bound: of networks and of guides, or None.
 
         Returns:
@@ -215,9 +216,10 @@ class Side:
         packed = {name: self._packed(name, gradients) for name in self.solved}
         found: dict[str, Tensor] = {}
         damped: dict[str, float] = {}
-        for some in self.spectra.values() if mixing < 1 else ():
-            found.update(some.solve({name: packed[name] for name in some.factors}, mixing))
-            damped.update(dict.fromkeys(some.factors, some.damped(mixing)))
+        for some in self.spectra.values() if mixing != 1 else ():
+            share = some.mixing_by(mixing)
+            found.update(some.solve({name: packed[name] for name in some.factors}, share))
+            damped.update(dict.fromkeys(some.factors, some.damped(share)))
         vectors: dict[str, Tensor] = {}
         products: dict[str, Tensor] = {}
         for name, solved in self.solved.items():

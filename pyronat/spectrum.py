@@ -13,7 +13,7 @@ Laird & Rubin 1977: the convergence rate of EM).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyronat.operators import CholeskyFactor
+from pyronat.steps import RetainedShare
 
 Kind: TypeAlias = Literal["visible", "missing", "observed"]
 """What an estimate is of: G_V, G − G_V, or −∇² log p(v)."""
@@ -75,12 +76,16 @@ class Spectrum:
         retained: λ `[rank]`, the share of information that is retained; all others are 1.
         damps_mixed: whether mixing counts the damping too, A = (1−ρ) G_V + ρ (G + Λ), rather than
             A = (1−ρ) G_V + ρ G + Λ.
+        damping: Λ by block, `[count]`.
+        noise: parameter entries over dreams behind the estimate.
     """
 
     factors: Mapping[str, CholeskyFactor]
     directions: Tensor
     retained: Tensor
     damps_mixed: bool
+    damping: Mapping[str, Tensor] = field(default_factory=dict)
+    noise: float = 0.0
 
     @cached_property
     def least(self) -> float:
@@ -90,6 +95,29 @@ class Spectrum:
     def missing(self) -> float:
         """Largest share of information that hiding takes away, 1 − λ."""
         return 1 - self.least
+
+    @cached_property
+    def least_share(self) -> float:
+        """The smallest λ in units of G without damping, where G is more than the damping."""
+        full = 1 - self._damping_share()
+        found = self.retained / full if self.damps_mixed else 1 - (1 - self.retained) / full
+        found = found[full > 0.5].clamp(0, 1)
+        return float(found.min()) if len(found) else 1.0
+
+    def _damping_share(self) -> Tensor:
+        """uᵀ L⁻¹ Λ L⁻ᵀ u `[rank]` of every direction u."""
+        shapes = [factor.lower.shape[:2] for factor in self.factors.values()]
+        pieces = self.directions.mT.split([shape.numel() for shape in shapes], 1)
+        total = torch.zeros_like(self.retained)
+        for (name, factor), shape, piece in zip(self.factors.items(), shapes, pieces, strict=True):
+            squares = factor.unwhiten(piece.unflatten(1, shape)).square().sum(-1)
+            if name in self.damping:
+                total += (squares * self.damping[name]).sum(-1).to(total)
+        return total
+
+    def mixing_by(self, rule: float | RetainedShare) -> float:
+        """ρ, as it is given or as a rule has it for this district."""
+        return rule if isinstance(rule, float) else rule.of(self.least_share, self.noise)
 
     def stretch(self, mixing: float) -> Tensor:
         """κ `[rank]`: A_ρ in units of the damped full geometry, with the mixing it needs."""
@@ -147,7 +175,11 @@ def sketched(rows: Tensor, count: int) -> Tensor:
     return found.index_add_(0, order, rows * signs)
 
 
-def spectrum(average: VisibleAverage, factors: Mapping[str, CholeskyFactor]) -> Spectrum:
+def spectrum(
+    average: VisibleAverage,
+    factors: Mapping[str, CholeskyFactor],
+    damping: Mapping[str, Tensor] | None = None,
+) -> Spectrum:
     """Eigenvalues of the visible Fisher in units of the damped full-system one.
 
     Estimates of G_V and of G − G_V have eigenvalues between 0 and 1, as the true ones do; those of
@@ -157,6 +189,7 @@ def spectrum(average: VisibleAverage, factors: Mapping[str, CholeskyFactor]) -> 
     Args:
         average: the estimate.
         factors: Cholesky factors of its blocks, in the order of its columns.
+        damping: what was added to their diagonals before, `[count]`; nothing by default.
 
     Returns:
         The spectrum, in float64.
@@ -177,7 +210,12 @@ def spectrum(average: VisibleAverage, factors: Mapping[str, CholeskyFactor]) -> 
         missing = missing.clamp(0, 1)
     kept = missing.abs() > _NEGLIGIBLE
     return Spectrum(
-        dict(factors), directions[:, kept], 1 - missing[kept], average.kind != "missing"
+        dict(factors),
+        directions[:, kept],
+        1 - missing[kept],
+        average.kind != "missing",
+        damping or {},
+        len(directions) / average.num_dreams,
     )
 
 

@@ -254,6 +254,39 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class RetainedShare:
+    """ρ = the smallest share of information that is retained, as the dreams have it.
+
+    In a direction that retains a share λ, a step 1/t with A_ρ is a = λ / (λ + ρ (1 − λ)) of the
+    efficient one. It is efficient in the end while a > ½, with a² / (2a − 1) times the smallest
+    variance; slower, it forgets the start as t^−a. With ρ = min λ no direction has a < ½. A smaller
+    ρ gains little, and lets the noise of the metric rule: ρ is at least the number of parameters of
+    a district over that of the dreams behind its average, so that first steps are those of the full
+    geometry, nearly. Directions that the damping rules do not count, as those that no distribution
+    depends on.
+
+    Attributes:
+        factor: times the smallest share.
+        smallest: lower bound on ρ. What retains less is not followed.
+    """
+
+    factor: float = 1.0
+    smallest: float = 1e-3
+
+    def of(self, share: float, noise: float) -> float:
+        """ρ of a district.
+
+        Args:
+            share: smallest share of information that is retained in any direction.
+            noise: parameters over dreams.
+
+        Returns:
+            ρ, at most 1.
+        """
+        return min(1.0, max(self.factor * share, noise, self.smallest))
+
+
+@dataclass(frozen=True)
 class KLTrustRegion:
     """Shrinks a step whose KL divergence ½ lr² dᵀGd exceeds the radius.
 

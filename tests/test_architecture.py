@@ -38,7 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"visible"}),
     frozenset({"visible_exact"}),
     frozenset({"optim", "study", "refresh"}),
-    frozenset({"trials", "resume"}),
+    frozenset({"trials", "resume", "presets"}),
     frozenset({"reports"}),
     frozenset({"infer"}),
     frozenset({"__init__"}),

@@ -14,7 +14,7 @@ import pyro
 import pytest
 import torch
 
-from examples import mnist, zoo
+from examples import mnist, streaming, zoo
 from models.registry import programs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -23,6 +23,7 @@ OUTPUTS = {
     "digits": {"curves.png", "digits.png", "metrics.jsonl"},
     "missing_information": {"paths.png", "results.json", "table.md"},
     "mnist": {"curves.png", "runs.jsonl", "table.md"},
+    "streaming": {"excess.png", "results.json", "runs.jsonl", "table.md"},
     "variational": {"curves.png", "results.json", "table.md"},
     "zoo": {"curves.png", "results.json", "table.md"},
 }
@@ -61,6 +62,8 @@ def test_example_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         check_digits(output, printed)
     if name == "mnist":
         check_mnist(output, printed)
+    if name == "streaming":
+        check_streaming(output, printed)
     if name == "variational":
         check_variational(output, printed)
     if name == "zoo":
@@ -180,6 +183,55 @@ def test_mnist_rates_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         mnist.parse(["--rates", "sgd=1"])
     assert "METHOD=RATE" in capsys.readouterr().err
+
+
+def check_streaming(output: Path, printed: str) -> None:
+    """Every problem has its methods, Adam its best rate, and a second call only reads the log."""
+    log = (output / "runs.jsonl").read_text()
+    runs = [json.loads(line) for line in log.splitlines()]
+    assert len(runs) == 3 * len(streaming.METHODS) * 2
+    assert all(run["batches"] == [20] and run["seconds"] > 0 for run in runs)
+    assert all(0.05 < run["excess"][0] < 20 for run in runs)
+    summaries = json.loads((output / "results.json").read_text())
+    assert len(summaries) == 3 * (len(streaming.NATURAL) + 1)
+    for one in summaries:
+        values = {
+            run["method"]: [other["excess"][0] for other in runs if same_cell(other, run)]
+            for run in runs
+            if run["problem"] == one["problem"]
+        }
+        assert one["mean"] == [sum(values[one["method"]]) / 2]
+        if one["method"] in streaming.ADAM:
+            assert one["median"][0] == min(sum(values[rate]) / 2 for rate in streaming.ADAM)
+    table = (output / "table.md").read_text()
+    assert table in printed + "\n" and table.count("**") == 2 * len(summaries)
+    streaming.main(["--quick", "--output", str(output)])
+    assert (output / "runs.jsonl").read_text() == log
+
+
+def same_cell(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return all(first[key] == second[key] for key in ("problem", "method"))
+
+
+@pytest.mark.parametrize("name", ["latent class", "hidden Markov model"])
+def test_starts_of_streams_are_efficient_estimates(name: str) -> None:
+    """2 KL · data is χ² of as many degrees of freedom as there are free parameters."""
+    torch.set_default_dtype(torch.float64)
+    problem = streaming.make_problems()[name]()
+    assert problem.size == {"latent class": 2 + 24, "hidden Markov model": 2 + 6 + 9}[name]
+    assert problem.divergence(problem.truth) == 0
+    seen = streaming.BEHIND * streaming.BATCH
+    found = [2 * problem.divergence(problem.start(seed)) * seen for seed in range(60)]
+    error = math.sqrt(2 * problem.size / len(found))
+    assert abs(sum(found) / len(found) - problem.size) < 4 * error
+    assert abs(2 * sum(found) / len(found) - problem.size) > 8 * error
+    # The data of a stream are those of the truth.
+    batch = torch.cat(problem.batches(0, 200))
+    gradient = torch.func.jacrev(
+        lambda vector: problem.net.log_likelihood(problem.constrained(vector), batch)
+    )(problem.truth)
+    score = problem._root.T @ gradient / math.sqrt(len(batch))
+    assert abs(float(score @ score) - problem.size) < 4 * math.sqrt(2 * problem.size)
 
 
 def check_variational(output: Path, printed: str) -> None:

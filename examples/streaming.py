@@ -184,7 +184,7 @@ def _full(
         lr,
         pyronat.Full("model"),
         damping=ConstantDamping(0.0, relative=1e-3),
-        curvature=RunningAverage(decay=0.96, refresh=40),
+        curvature=RunningAverage(decay=0.95, refresh=20),
         averaging=averaging,
         seed=seed,
     )

@@ -27,7 +27,7 @@ def streaming(
     known, each estimate would be as accurate as the best one from all data seen: its variance
     reaches the bound of Cramér and Rao (Amari 1998). EM's metric, the full one, is slower than any
     power of t above its smallest share of retained information. Here G_V is averaged over the
-    dreams of about 1000 steps, ρ follows from its spectrum (`steps.RetainedShare`), damping is low,
+    dreams of about 400 steps, ρ follows from its spectrum (`steps.RetainedShare`), damping is low,
     and no step is longer than half a nat. Iterates are not averaged: the last one is the estimate.
 
     It is meant for posteriors that can be enumerated and for districts of up to some hundred
@@ -62,6 +62,6 @@ def streaming(
         ),
         "damping": ConstantDamping(0.0, relative=1e-3),
         "trust_region": KLTrustRegion(0.5),
-        "curvature": RunningAverage(decay=0.96, refresh=40),
+        "curvature": RunningAverage(decay=0.95, refresh=20),
     }
     return NaturalGradient(**{**chosen, **options})

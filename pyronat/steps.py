@@ -255,23 +255,25 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class RetainedShare:
-    """ρ = the smallest share of information that is retained, as the dreams have it.
+    """ρ = half the smallest share of information that is retained, as the dreams have it.
 
     In a direction that retains a share λ, a step 1/t with A_ρ is a = λ / (λ + ρ (1 − λ)) of the
     efficient one. It is efficient in the end while a > ½, with a² / (2a − 1) times the smallest
-    variance; slower, it forgets the start as t^−a. With ρ = min λ no direction has a < ½. A smaller
-    ρ gains little, and lets the noise of the metric rule: ρ is at least the number of parameters of
-    a district over that of the dreams behind its average, so that first steps are those of the full
-    geometry, nearly. Directions that the damping rules do not count, as those that no distribution
-    depends on.
+    variance; else it forgets the start as t^−a only. With ρ = ½ min λ no direction has a < ⅔. A
+    smaller ρ gains little, and lets the noise of the metric rule: ρ is at least a share of the
+    number of parameters of a district over that of the dreams behind its average, so that the first
+    steps are cautious. Directions that the damping rules do not count, as those that no
+    distribution depends on.
 
     Attributes:
         factor: times the smallest share.
-        smallest: lower bound on ρ. What retains less is not followed.
+        noise: times parameters over dreams.
+        smallest: lower bound on ρ.
     """
 
-    factor: float = 1.0
-    smallest: float = 1e-3
+    factor: float = 0.5
+    noise: float = 0.3
+    smallest: float = 1e-4
 
     def of(self, share: float, noise: float) -> float:
         """ρ of a district.
@@ -283,7 +285,7 @@ class RetainedShare:
         Returns:
             ρ, at most 1.
         """
-        return min(1.0, max(self.factor * share, noise, self.smallest))
+        return min(1.0, max(self.factor * share, self.noise * noise, self.smallest))
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,24 @@ def read(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, An
     return state
 
 
+def check_state(state: Mapping[str, Any], name: str, expected: Mapping[str, Any]) -> None:
+    """Refuses what is not a state of its kind.
+
+    Args:
+        state: the state.
+        name: of the class whose state it should be.
+        expected: what it must say, by key, its "format" first, or None for anything.
+
+    Raises:
+        CheckpointMismatch: naming what it says instead.
+    """
+    if state.get("format") != expected["format"] or not expected.keys() <= state.keys():
+        raise CheckpointMismatch(f"this is not a state of {name} in format {expected['format']}")
+    for key, value in expected.items():
+        if value is not None and state[key] != value:
+            raise CheckpointMismatch(f"{key} of the state: {state[key]}, this optimizer: {value}")
+
+
 # Random numbers
 
 

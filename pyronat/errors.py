@@ -51,6 +51,10 @@ class NonFiniteStep(PyronatError):
     """Several steps in a row were rejected because a loss or a step was not finite."""
 
 
+class Diverged(PyronatError):
+    """Several steps in a row were taken back because the loss was worse after them."""
+
+
 class UnassignedParameter(PyronatError):
     """A parameter belongs to no geometry and no `others` optimizer."""
 

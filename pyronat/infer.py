@@ -18,12 +18,7 @@ from torch import Tensor
 
 from pyronat.averaging import Exchange
 from pyronat.checkpoints import Claims, read, write
-from pyronat.errors import (
-    InvalidData,
-    NoAverage,
-    NonFiniteStep,
-    StructureChanged,
-)
+from pyronat.errors import InvalidData, NoAverage, NonFiniteStep, StructureChanged
 from pyronat.expectation import Averaging, LossObserver, check_simulable
 from pyronat.geometry import Visible
 from pyronat.graph import BayesNet
@@ -43,6 +38,7 @@ from pyronat.reports import StepInfo, describe
 from pyronat.resume import resume, training_state
 from pyronat.sides import Role, Side
 from pyronat.tracing import (
+    data_count,
     guide_messenger,
     own_random_numbers,
     params_of,
@@ -51,7 +47,17 @@ from pyronat.tracing import (
     stored_leaves,
     stored_parameters,
 )
-from pyronat.trials import Judge, Trial, Undo, applied, gradient_of
+from pyronat.trials import (
+    Judge,
+    Suspect,
+    Trial,
+    Undo,
+    applied,
+    before_last_step,
+    gradient_of,
+    taken,
+    watch_loss,
+)
 
 MAX_REJECTED = 3
 """Rejected steps in a row after which training stops with an error."""
@@ -64,7 +70,8 @@ Callback: TypeAlias = Callable[[StepInfo, "NaturalSVI"], None]
 class NaturalSVI:
     """Stochastic variational inference with natural gradients; mirrors `pyro.infer.SVI`.
 
-    A step that is not finite is rejected: parameters and optimizer stay as they were.
+    A step that is not finite is rejected: parameters and optimizer stay as they were. A step after
+    which the loss is not finite, or worse beyond noise, is taken back (`steps.Rejection`).
 
     Args:
         model: a Pyro model.
@@ -112,7 +119,7 @@ class NaturalSVI:
         self.callbacks = list(callbacks)
         self._analyzed = False
         self.info: StepInfo | None = None
-        self._rejected = 0
+        self._rejected = self._undone = 0
         self._unclaimed: set[str] = set()
         self._dream_ess: Tensor | None = None
         self._exchange = Exchange()
@@ -231,47 +238,58 @@ class NaturalSVI:
                 refuse arguments that are not finite.
             StructureChanged: if a program takes a branch that cannot be analyzed.
             NonFiniteStep: after three rejected steps in a row.
+            Diverged: after several steps in a row that were taken back.
             AveragesInPlace: in the context of `averaged`.
         """
         self._exchange.check()
-        start = time.perf_counter()
+        start, self._undone = time.perf_counter(), 0
         check_loss(self.loss, (self.model, self.guide))
         if not self._analyzed:
-            with explained(args, kwargs):
-                self._analyze(args, kwargs)
+            self._analyze(args, kwargs)
         call = Call(args, kwargs, (get_rng_state(), random_state()), start)
-        for _ in range(MAX_BRANCHES):
+        judged = False
+        for _ in range(MAX_BRANCHES + 1):
+            error: Exception | None = None
             try:
-                return self._try_step(call)
+                return self._try_step(call, judged)
             except UnknownStructure as unknown:
                 self._learn(unknown, args, kwargs)
-                call.rewind()
+            except Suspect as suspect:
+                judged, error = True, suspect.error
+                if Judge(self.model, self.guide, self.loss).took_back(self.optim, call, suspect):
+                    self._undone, error = 1, None
+            if error is not None:
+                raise error
+            call.rewind()
         raise StructureChanged(
             f"the programs took {MAX_BRANCHES} branches in one step that were all new"
         )
 
-    def _try_step(self, call: Call) -> float:
+    def _try_step(self, call: Call, judged: bool) -> float:
         """One step, or none if a program takes a branch that is not known."""
         optim = self.optim
         refresh = optim.refresh_due
         observer = self._observer(refresh)
         sides: Mapping[Role, Side] = optim.sides
         trial = Trial(None, False, optim.caution, optim.caution, 0, False)
-        judged = optim.caution, optim.unjudged
+        state = optim.caution, optim.unjudged, optim.watch
         with poutine.trace(param_only=True) as capture:
             try:
-                loss = self._backward(observer, call.args, call.kwargs)
+                loss = self._backward(observer, call, judged)
                 params = params_of(capture.trace)
                 gradients = {name: gradient_of(leaf) for name, leaf in params.items()}
                 optim.check_params(gradients)
-                if math.isfinite(loss) and all_finite(gradients.values()):
+                finite = math.isfinite(loss) and all_finite(gradients.values())
+                data = data_count(observer.model_sites)
+                watch_loss(optim, loss if finite else math.nan, data, judged)
+                if finite:
                     self._judge(params, loss, call)
                     if refresh:
                         sides = self._refreshed(observer, call, params)
                     optim.shrink(gradients)
                     sides, trial = self._move(sides, gradients, params, loss, call)
             except BaseException:
-                optim.caution, optim.unjudged = judged
+                optim.caution, optim.unjudged, optim.watch = state
                 raise
             finally:
                 for leaf in params_of(capture.trace).values():
@@ -282,7 +300,7 @@ class NaturalSVI:
         if trial.accepted and trial.proposal is not None:
             optim.commit(sides, trial.proposal, trial.caution, params)
             self._exchange.leaves.update(params)
-        info = replace(info, seconds=time.perf_counter() - call.start)
+        info = replace(info, undone=self._undone, seconds=time.perf_counter() - call.start)
         self._finish(trial, observer, info)
         return loss
 
@@ -318,11 +336,7 @@ class NaturalSVI:
         optim, rule = self.optim, self.optim.rule
         caution = optim.caution
         if rule is None:
-            proposal = optim.shaped(sides, optim.propose(sides, gradients), gradients)
-            before = optim.watched(proposal, params)
-            accepted = applied(proposal, params, optim)
-            optim.unjudged = before if accepted else None
-            return sides, Trial(proposal, accepted, caution, caution, 1, accepted)
+            return sides, taken(sides, gradients, params, optim)
         finite, judge = False, Judge(self.model, self.guide, self.loss)
         for tries in range(1, rule.max_tries + 1):
             sides = optim.with_caution(sides, caution)
@@ -330,7 +344,7 @@ class NaturalSVI:
             undo = Undo(params, optim)
             ratio = -math.inf
             try:
-                if applied(proposal, params, optim):
+                if applied(proposal, params, optim, undo):
                     finite = True
                     ratio = judge.gain_ratio(proposal, gradients, params, loss, call)
             finally:
@@ -338,6 +352,7 @@ class NaturalSVI:
                     undo()
             after = rule.judged(caution, ratio, float(proposal.scalars["length"]))
             if rule.accepts(ratio):
+                optim.last = None if optim.rejection is None else undo.before
                 return sides, Trial(proposal, True, after, caution, tries, True)
             caution = after
         return sides, Trial(proposal, False, caution, caution, tries, finite)
@@ -355,7 +370,28 @@ class NaturalSVI:
 
         Random numbers are used up only if parameters are created, so that their initial values are
         those of stock SVI and independent of the first draws, and resuming disturbs nothing.
+
+        Args:
+            args: arguments of model and guide.
+            kwargs: their keyword arguments.
+
+        Raises:
+            InvalidData: where Pyro or torch refuse arguments that are not finite, or empty.
+            ValueError: as Pyro or torch raise it.
+            RuntimeError: as Pyro or torch raise it.
         """
+        try:
+            with explained(args, kwargs):
+                self._analyze_here(args, kwargs)
+        except (ValueError, RuntimeError):
+            # A checkpoint may have been written after a step that is still to be taken back.
+            with before_last_step(self.optim) as known:
+                if not known:
+                    raise
+                self._analyze_here(args, kwargs)
+
+    def _analyze_here(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Analyzes the programs at the parameters as they are."""
         stored = stored_parameters()
         with torch.random.fork_rng(), poutine.block(), torch.no_grad(), Claims(self._unclaimed):
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
@@ -419,15 +455,13 @@ class NaturalSVI:
             seed=_mixed(self.optim.seed + 1, self.optim.step_count),
         )
 
-    def _backward(
-        self, observer: LossObserver, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> float:
+    def _backward(self, observer: LossObserver, call: Call, judged: bool) -> float:
         """Differentiates the loss and checks that the programs are those that were analyzed.
 
         Args:
             observer: measures the traces of the loss.
-            args: arguments of model and guide.
-            kwargs: their keyword arguments.
+            call: arguments of model and guide.
+            judged: whether the last step is known not to be to blame for errors.
 
         Returns:
             The loss in nats.
@@ -435,10 +469,19 @@ class NaturalSVI:
         Raises:
             InvalidData: where Pyro or torch refuse arguments that are not finite, or empty.
             NonFiniteStep: where the last step has moved a distribution out of its domain.
+            ValueError: as Pyro or torch raise it.
+            RuntimeError: as Pyro or torch raise it.
+            Suspect: in place of the last three where a last step may be to blame.
         """
+        args, kwargs = call.args, call.kwargs
         kl = None if self.info is None else self.info.kl
-        with inside_domain(kl), explained(args, kwargs), watch_traces(self.loss, observer):
-            loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        try:
+            with inside_domain(kl), explained(args, kwargs), watch_traces(self.loss, observer):
+                loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        except (NonFiniteStep, ValueError, RuntimeError) as error:
+            if judged or self.optim.last is None or self.optim.rejection is None:
+                raise
+            raise Suspect(math.nan, error=error) from error
         return number_of(loss)
 
     def _finish(self, trial: Trial, observer: LossObserver, info: StepInfo) -> None:

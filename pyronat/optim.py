@@ -10,10 +10,9 @@ import pyro.optim
 from torch import Tensor
 
 from pyronat.averaging import Averages
-from pyronat.checkpoints import read, write
+from pyronat.checkpoints import check_state, read, write
 from pyronat.curvature import Curvature
 from pyronat.errors import (
-    CheckpointMismatch,
     StockSVI,
     StructureChanged,
 )
@@ -21,7 +20,8 @@ from pyronat.geometry import Full, Geometry, Visible
 from pyronat.others import kind_of, restore, state_of
 from pyronat.planning import Planner, check_names
 from pyronat.programs import KnownProgram
-from pyronat.proposals import Proposal, Unjudged, step_scalars
+from pyronat.proposals import Before, Proposal, Unjudged, step_scalars
+from pyronat.rejection import DEFAULT, Watch
 from pyronat.shaping import Shape, shaped
 from pyronat.sides import Kind, Role, Side
 from pyronat.spectrum import VisibleAverage
@@ -39,12 +39,17 @@ from pyronat.steps import (
     PerName,
     PolyakRuppert,
     ReachScaledAdam,
+    Rejection,
     RetainedShare,
     RunningAverage,
     Schedule,
 )
 
 STATE_FORMAT = 5
+
+_REQUIRED = dict.fromkeys(
+    "step_count seed caution unjudged sides moments others averages watch last".split()
+)
 
 NETWORK_REFRESH = 20
 """Steps between measurements of curvature where there are networks."""
@@ -74,6 +79,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             information, or in a dense block too large to measure, of Adam with rate 1e-3.
         exclude: names or patterns (`"encoder*"`) of parameters to leave to `others`.
         clip: bounds on the norms of gradients. By default there are none.
+        rejection: when a step is taken back; None for never.
         seed: seed of the dreams, which never touch the random numbers of the training.
         averaging: how all parameters that steps move are averaged over the steps, in unconstrained
             coordinates; `NaturalSVI.averaged` shows the averages. By default they are not.
@@ -93,6 +99,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         others: pyro.optim.PyroOptim | None = None,
         exclude: Sequence[str] = (),
         clip: Clip | None = None,
+        rejection: Rejection | None = DEFAULT,
         seed: int = 0,
         averaging: PolyakRuppert | None = None,
     ) -> None:
@@ -105,6 +112,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
         if isinstance(guide_geometry, Visible):
             raise ValueError("a guide hides nothing: guide_geometry is Full(...) or Euclidean()")
         self.clip = clip or Clip()
+        self.rejection, self.watch = rejection, Watch()
+        self.last: Before | None = None
         self.rule = self._rule()
         whole = RunningAverage() if self.rule is None else RunningAverage(0.0, 1)
         self._curvature = curvature
@@ -363,9 +372,9 @@ class NaturalGradient(pyro.optim.PyroOptim):
         lr, step = self.lr, self.step_count
         bound = self.clip.natural_factor(proposal.scalars["natural_norm"])
         if not isinstance(lr, PerName):
-            return shaped(proposal, sides, gradients, Shape(natural=bound))
+            return shaped(proposal, sides, gradients, Shape(self.watch.factor, bound))
         by_name = {name: lr.factor(name, step) for name in proposal.changes}
-        proposal = shaped(proposal, sides, gradients, Shape(natural=bound, by_name=by_name))
+        proposal = shaped(proposal, sides, gradients, Shape(self.watch.factor, bound, by_name))
         inside = self.trust_region.factor(proposal.scalars["kl"])
         return shaped(proposal, sides, gradients, Shape(natural=inside))
 
@@ -392,7 +401,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
     ) -> None:
         """Makes the state of a taken step, which led to `params`, the optimizer's own."""
         self.sides, self.caution = dict(sides), caution
-        self._moments.update(proposal.moments)
+        self._moments = {**self._moments, **proposal.moments}
         if self.averaging is not None:
             self.averages = self.averages.entered(self.averaging, self.step_count, params)
         self.step_count += 1
@@ -403,22 +412,39 @@ class NaturalGradient(pyro.optim.PyroOptim):
 
     # Checkpoints
 
+    def moving_state(self) -> dict[str, Any]:
+        """What a step changes, but for curvature, as plain tensors, numbers, lists and dicts."""
+        return {
+            "caution": dict(vars(self.caution)),
+            "unjudged": None if self.unjudged is None else dict(vars(self.unjudged)),
+            "moments": {name: dict(vars(state)) for name, state in self._moments.items()},
+            "others": state_of(self.other_optimizer()),
+            "averages": None if self.averaging is None else self.averages.state(),
+        }
+
+    def take(self, state: Mapping[str, Any]) -> None:
+        """Takes a state of `moving_state`."""
+        self.caution = Caution(**state["caution"])
+        self.unjudged = None if state["unjudged"] is None else Unjudged(**state["unjudged"])
+        self._moments = {name: Moments(**moments) for name, moments in state["moments"].items()}
+        self.averages = Averages.from_state(state["averages"], self.averaging)
+        restore(self.other_optimizer(), state["others"])
+
     def get_state(self) -> dict[str, Any]:
         """State as plain tensors, numbers, strings, lists and dicts."""
         if self._pending is not None:
             return self._pending
+        last = self.last
         return {
+            **self.moving_state(),
             "format": STATE_FORMAT,
             "step_count": self.step_count,
             "seed": self.seed,
-            "caution": dict(vars(self.caution)),
-            "unjudged": None if self.unjudged is None else dict(vars(self.unjudged)),
             "sides": {role: side.state() for role, side in self.sides.items()},
-            "moments": {name: dict(vars(state)) for name, state in self._moments.items()},
-            "others": state_of(self.other_optimizer()),
             "others_kind": kind_of(self.others),
-            "averages": None if self.averaging is None else self.averages.state(),
             "adapted": self._adapted(),
+            "watch": dict(vars(self.watch)),
+            "last": None if last is None else {"params": last.params, "state": last.state},
         }
 
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
@@ -431,21 +457,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
             CheckpointMismatch: if it is not a state of this class, or of another program.
         """
         state = dict(state_dict)
-        required = {"format", "step_count", "seed", "caution", "unjudged", "sides", "moments"}
-        required |= {"others", "others_kind", "averages", "adapted"}
-        if state.get("format") != STATE_FORMAT or not required <= state.keys():
-            raise CheckpointMismatch(
-                f"this is not a state of NaturalGradient in format {STATE_FORMAT}"
-            )
-        if state["others_kind"] != kind_of(self.others):
-            raise CheckpointMismatch(
-                f"the state has others of kind {state['others_kind']}, this optimizer "
-                f"{kind_of(self.others)}"
-            )
-        if state["adapted"] != self._adapted():
-            raise CheckpointMismatch(
-                f"the state has {state['adapted']}, this optimizer {self._adapted()}"
-            )
+        settings = {"others_kind": kind_of(self.others), "adapted": self._adapted()}
+        check_state(state, "NaturalGradient", {**_REQUIRED, "format": STATE_FORMAT, **settings})
         averages = Averages.from_state(state["averages"], self.averaging)
         if self.bound:
             self._restore(state)
@@ -453,7 +466,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
         else:
             self._pending = state
             self.step_count, self.seed = state["step_count"], state["seed"]
-        self.averages = averages
+        self.averages, self.watch = averages, Watch(**state["watch"])
+        self.last = None if state["last"] is None else Before(**state["last"])
 
     def _adapted(self) -> str:
         """What an adaptive rule adapts."""
@@ -464,11 +478,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
     def _restore(self, state: Mapping[str, Any]) -> None:
         sides = self._planner.restored(self.sides, state["sides"])
         self.step_count, self.seed = state["step_count"], state["seed"]
-        self.caution = Caution(**state["caution"])
-        self.unjudged = None if state["unjudged"] is None else Unjudged(**state["unjudged"])
         self.sides = sides
-        self._moments = {name: Moments(**moments) for name, moments in state["moments"].items()}
-        restore(self.other_optimizer(), state["others"])
+        self.take(state)
 
     def save(self, filename: str) -> None:
         """Writes the state, in place of an older file only once the new one is whole."""

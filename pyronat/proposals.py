@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,35 @@ class Proposal:
     changes: dict[str, Tensor]
     moments: dict[str, Moments]
     scalars: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Before:
+    """Where a step came from.
+
+    Attributes:
+        params: parameters before the step, by name.
+        state: `NaturalGradient.moving_state` before it.
+        leaves: the unconstrained leaves that it moved, or None where a state was loaded.
+    """
+
+    params: dict[str, Tensor]
+    state: dict[str, Any]
+    leaves: dict[str, Tensor] | None = None
+
+    def leaves_in(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The leaves to take back.
+
+        Args:
+            stored: those of a parameter store, by name.
+
+        Returns:
+            The leaves, or None where others have taken their place.
+        """
+        found = {name: stored[name] for name in self.params if name in stored}
+        same = self.leaves is None or all(found.get(n) is leaf for n, leaf in self.leaves.items())
+        shapes = all(found[n].shape == self.params[n].shape for n in found)
+        return found if same and shapes and len(found) == len(self.params) else None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class StepInfo:
         accepted: whether the parameters were changed.
         rejected: why they were not: "loss", "gradient" or "step" for what was not finite, "gain"
             where an adaptive rule found no step that gains; or None.
+        undone: earlier steps that were taken back in this call, before this one (0 or 1).
+        factor: on the whole step; less than 1 after steps were taken back.
         rejections: steps in a row whose loss, gradient or step was not finite, this one included.
         lr: learning rate.
         kl: ½ lr² dᵀGd of the natural blocks in nats, summed over what the loss sums over.
@@ -41,7 +43,8 @@ class StepInfo:
         mixing: share of the full geometry in the metric of the model; 1 for `Full`.
         missing: largest share of information that hiding takes away in any direction, as the
             metric has it, or None where no visible geometry was measured.
-        tries: steps that were tried; more than 1 where an adaptive rule undid some.
+        tries: steps that were tried; more than 1 where an adaptive rule undid some, or where a
+            longer one left the support of a parameter.
         ess: mean effective sample size of the importance weights, or None.
         dream_ess: 10 %, 50 % and 90 % quantiles of the effective sample size of the particles of
             each dream at the last refresh, or None.
@@ -54,6 +57,7 @@ class StepInfo:
     accepted: bool
     rejected: str | None
     rejections: int
+    factor: float
     lr: float
     kl: float
     grad_norm: float
@@ -67,6 +71,7 @@ class StepInfo:
     ess: float | None
     dream_ess: tuple[float, float, float] | None
     refreshed: bool
+    undone: int = 0
     seconds: float = math.nan
 
 
@@ -109,6 +114,7 @@ def describe(
         accepted=trial.accepted,
         rejected=_reason(trial, loss),
         rejections=rejections,
+        factor=optim.watch.factor,
         lr=optim.step_length(trial.used),
         **dict(zip(names, values, strict=True)),
         jitter=jitter,
@@ -118,6 +124,7 @@ def describe(
         ess=None if ess is None else float(ess),
         dream_ess=_quantiles(dream_ess),
         refreshed=refreshed,
+        undone=0,
     )
 
 

@@ -13,6 +13,7 @@ from pyronat.rates import Clip as Clip
 from pyronat.rates import FromTorch as FromTorch
 from pyronat.rates import PerName as PerName
 from pyronat.rates import Schedule as Schedule
+from pyronat.rejection import Rejection as Rejection
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ No Pyro message leaves this module.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,8 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
+from torch.distributions import transform_to
+from torch.distributions.constraints import real
 from torch.utils._pytree import tree_leaves
 
 from pyronat.autograd import leaves
@@ -115,6 +118,56 @@ def stored_parameters() -> frozenset[str]:
 def stored_leaves() -> dict[str, Tensor]:
     """Unconstrained leaves of all parameters in Pyro's store, by name."""
     return dict(pyro.get_param_store().named_parameters())
+
+
+def inside_support(params: Mapping[str, Tensor]) -> bool:
+    """Whether constrained parameters are finite and their coordinates can be got back.
+
+    They cannot where exp has overflowed or become 0, or a probability has become exactly 0. All of
+    these take coordinates far from 0, so that others need not be looked at.
+
+    Args:
+        params: unconstrained leaves by name.
+
+    Returns:
+        Whether they are.
+    """
+    constraints = pyro.get_param_store()._constraints
+    held = {n: p.detach() for n, p in params.items() if n in constraints and p.numel()}
+    held = {n: p for n, p in held.items() if not isinstance(constraints[n], type(real))}
+    if not held:
+        return True
+    sizes = torch.stack([leaf.abs().max().double().cpu() for leaf in held.values()]).tolist()
+    for size, (name, leaf) in zip(sizes, held.items(), strict=True):
+        if not size < -math.log(torch.finfo(leaf.dtype).tiny) / 2:
+            transform = transform_to(constraints[name])
+            value = transform(leaf)
+            try:
+                back = transform.inv(value)
+            except (NotImplementedError, RuntimeError, ValueError):
+                back = value
+            if not bool(torch.isfinite(value).all() & torch.isfinite(back).all()):
+                return False
+    return True
+
+
+def data_count(records: Sequence[SiteRecord]) -> float:
+    """Number of data that a loss counts: elements of the outermost plate times the scale.
+
+    Args:
+        records: of a run of the model.
+
+    Returns:
+        The largest number over observed sites; 1 where none is in a plate.
+    """
+    counts = [1.0]
+    for record in records:
+        plates = [plate for plate in record.plates if plate.name not in ADDED_PLATES]
+        if record.observed and plates:
+            dim = plates[0].dim - len(record.distribution.event_shape)
+            size = record.value.shape[dim] if -dim <= record.value.dim() else 1
+            counts.append(size * float(torch.as_tensor(record.scale).double().mean()))
+    return max(count for count in counts if count < math.inf)
 
 
 def guide_messenger(program: Program) -> GuideMessenger | None:

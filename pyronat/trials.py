@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyronat.errors import PyronatError
+from pyronat.errors import Diverged, PyronatError
 from pyronat.guards import all_finite
 from pyronat.optim import NaturalGradient
-from pyronat.others import restore, state_of
-from pyronat.proposals import Proposal, Unjudged
+from pyronat.proposals import Before, Proposal, Unjudged
 from pyronat.refresh import Call
+from pyronat.sides import Role, Side
 from pyronat.steps import Caution
-from pyronat.tracing import Program
+from pyronat.tracing import Program, inside_support, stored_leaves
+
+MAX_SHORTER = 20
+"""Steps that are tried with one gradient until one stays in the support of all parameters."""
 
 
 @dataclass(frozen=True)
@@ -42,30 +46,92 @@ class Trial:
     finite: bool
 
 
+class Suspect(Exception):
+    """A loss that the last step may be to blame for; whoever took the step decides.
+
+    Attributes:
+        loss: in nats; NaN where it cannot be computed.
+        data: number of data that it counts.
+        error: why it cannot be computed, or None.
+    """
+
+    def __init__(self, loss: float, data: float = 1.0, error: Exception | None = None) -> None:
+        super().__init__(f"a loss of {loss} nats on {data} data")
+        self.loss, self.data, self.error = loss, data, error
+
+
+def watch_loss(optim: NaturalGradient, loss: float, data: float, judged: bool) -> None:
+    """Remembers a loss, and with it that the last step was kept.
+
+    Args:
+        optim: the optimizer.
+        loss: in nats; NaN where the gradient is not finite.
+        data: number of data that it counts.
+        judged: whether it is known already that the last step is not to blame.
+
+    Raises:
+        Suspect: if the last step may be to blame.
+    """
+    rule, value = optim.rejection, loss / data
+    if rule is None:
+        return
+    if rule.suspects(optim.watch, value):
+        if optim.last is not None and not judged:
+            raise Suspect(loss, data)
+        if math.isfinite(value):
+            optim.watch = rule.anew(optim.watch, value)
+    else:
+        watch = rule.seen(optim.watch, value)
+        optim.watch = watch if optim.last is None else rule.kept(watch)
+
+
 class Undo:
-    """Takes parameters and the optimizer of those without a metric back to where they are now."""
+    """Takes parameters and the optimizer's state back to where they are now."""
 
     def __init__(self, params: Mapping[str, Tensor], optim: NaturalGradient) -> None:
-        self._before = {name: leaf.detach().clone() for name, leaf in params.items()}
-        self._params = params
-        self._others = optim.other_optimizer()
-        self._state = state_of(self._others)
+        values = {name: leaf.detach().clone() for name, leaf in params.items()}
+        self.before = Before(values, optim.moving_state(), dict(params))
+        self._optim = optim
 
     def __call__(self) -> None:
         """Takes them back."""
-        with torch.no_grad():
-            for name, leaf in self._params.items():
-                leaf.copy_(self._before[name])
-        restore(self._others, self._state)
+        _put(self.before.leaves or {}, self.before.params)
+        self._optim.take(self.before.state)
 
 
-def applied(proposal: Proposal, params: Mapping[str, Tensor], optim: NaturalGradient) -> bool:
-    """Takes a step: changes all parameters, or none if anything is not finite.
+@contextmanager
+def before_last_step(optim: NaturalGradient) -> Generator[bool, None, None]:
+    """In this context parameters are those before the last step.
+
+    Args:
+        optim: the optimizer.
+
+    Yields:
+        Whether they are known; otherwise nothing is changed.
+    """
+    last = optim.last
+    leaves = None if last is None else last.leaves_in(stored_leaves())
+    if last is None or leaves is None:
+        yield False
+        return
+    now = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+    _put(leaves, last.params)
+    try:
+        yield True
+    finally:
+        _put(leaves, now)
+
+
+def applied(
+    proposal: Proposal, params: Mapping[str, Tensor], optim: NaturalGradient, undo: Undo
+) -> bool:
+    """Takes a step.
 
     Args:
         proposal: the step of those with a metric, and of the scaled Adam.
         params: unconstrained leaves by name, with gradients.
         optim: the optimizer, which moves the others.
+        undo: takes the step back; called where something is not finite or out of its support.
 
     Returns:
         Whether the parameters were changed.
@@ -73,23 +139,51 @@ def applied(proposal: Proposal, params: Mapping[str, Tensor], optim: NaturalGrad
     if not all_finite(proposal.changes.values()):
         return False
     kinds = optim.assignment(list(params))
-    others = {name: params[name] for name, kind in kinds.items() if kind == "others"}
-    moved = {name: leaf for name, leaf in others.items() if leaf.requires_grad}
+    moved = {n: p for n, p in params.items() if kinds[n] == "others" and p.requires_grad}
     with torch.no_grad():
-        before = {name: leaf.clone() for name, leaf in moved.items()}
-    if moved:
-        optimizer = optim.other_optimizer()
-        snapshot = state_of(optimizer)
-        optimizer([moved[name] for name in sorted(moved)])
-        if not all_finite(moved.values()):
-            _put(moved, before)
-            restore(optimizer, snapshot)
-            return False
-    with torch.no_grad():
+        if moved:
+            optim.other_optimizer()([moved[name] for name in sorted(moved)])
+        for name, leaf in moved.items() if optim.watch.factor < 1 else ():
+            leaf.copy_(torch.lerp(undo.before.params[name], leaf, optim.watch.factor))
         for name, change in proposal.changes.items():
             if name in params:
                 params[name].add_(change)
-    return True
+    good = all_finite(moved.values()) and (optim.rejection is None or inside_support(params))
+    if not good:
+        undo()
+    return good
+
+
+def taken(
+    sides: Mapping[Role, Side],
+    gradients: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    optim: NaturalGradient,
+) -> Trial:
+    """Takes the step of a gradient, or a shorter one where that leaves the support of a parameter.
+
+    Args:
+        sides: curvature to use.
+        gradients: by parameter name.
+        params: unconstrained leaves by name.
+        optim: the optimizer.
+
+    Returns:
+        What came of it.
+    """
+    undo, watch, rule = Undo(params, optim), optim.watch, optim.rejection
+    proposal = whole = optim.propose(sides, gradients)
+    most = 1 if rule is None else MAX_SHORTER
+    for tries in range(1, most + 1):
+        proposal = optim.shaped(sides, whole, gradients)
+        watched = optim.watched(proposal, params)
+        if applied(proposal, params, optim, undo):
+            optim.unjudged = watched
+            optim.last = None if rule is None else undo.before
+            return Trial(proposal, True, optim.caution, optim.caution, tries, True)
+        optim.watch = watch if rule is None else rule.shorter(optim.watch)
+    optim.watch, optim.unjudged = watch, None  # shorter steps are no way out
+    return Trial(proposal, False, optim.caution, optim.caution, most, False)
 
 
 def gradient_of(leaf: Tensor) -> Tensor:
@@ -119,6 +213,44 @@ class Judge:
                 return float(self.loss.loss(self.model, self.guide, *call.args, **call.kwargs))
         except (ValueError, RuntimeError, PyronatError):
             return math.nan
+
+    def took_back(self, optim: NaturalGradient, call: Call, suspect: Suspect) -> bool:
+        """Takes the last step back, if it is to blame for a loss.
+
+        Args:
+            optim: the optimizer.
+            call: arguments and random numbers of the loss.
+            suspect: the loss after the step.
+
+        Returns:
+            Whether the step was taken back.
+
+        Raises:
+            Diverged: if it was one too many in a row.
+        """
+        rule, last, data = optim.rejection, optim.last, suspect.data
+        if rule is None or last is None:
+            return False
+        with before_last_step(optim) as known:
+            before = self.evaluate(call) if known else math.nan
+        if not rule.blames(optim.watch, suspect.loss / data, before / data):
+            return False
+        _put(stored_leaves(), last.params)
+        optim.take(last.state)
+        optim.last, optim.watch = None, rule.shorter(optim.watch)
+        if optim.rule is not None:
+            optim.caution = optim.rule.judged(optim.caution, -math.inf)
+        undone, best = optim.watch.undone, optim.watch.best
+        if undone > rule.max_undone:
+            optim.watch = replace(optim.watch, undone=0)
+            raise Diverged(
+                f"{undone} steps in a row were taken back, although each was half as long as the "
+                f"one before: after the last one the loss was {suspect.error or suspect.loss}, "
+                f"before it {before:.6g} nats, at best {best:.4g} per datum. Parameters and "
+                "optimizer are those of the last good step. Lower lr, or bound steps with "
+                "trust_region=KLTrustRegion(1.0)"
+            ) from suspect.error
+        return True
 
     def gain(self, last: Unjudged, params: Mapping[str, Tensor], loss: float, call: Call) -> float:
         """What an earlier step of the model gains on another batch.

@@ -399,11 +399,11 @@ MISMATCHES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = 
     "optimizer's state": (lambda s: s["optim"], "not a state of NaturalSVI"),
     "optimizer": (
         lambda s: {**s, "optim": {**s["optim"], "others_kind": "SGD"}},
-        "others of kind SGD",
+        "others_kind of the state: SGD",
     ),
     "rule": (
         lambda s: {**s, "optim": {**s["optim"], "adapted": "damping by LevenbergMarquardt"}},
-        "damping by LevenbergMarquardt, this optimizer no adaptive rule",
+        "damping by LevenbergMarquardt, this optimizer: no adaptive rule",
     ),
     "geometry": (
         lambda s: {

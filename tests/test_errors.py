@@ -25,7 +25,7 @@ from pyronat import Euclidean, Full, NaturalGradient, NaturalSVI, ReweightedWake
 from pyronat.families import groups
 from pyronat.geometry import Visible
 from pyronat.operators import cholesky
-from pyronat.steps import ConstantDamping, LevenbergMarquardt, PolyakRuppert
+from pyronat.steps import ConstantDamping, LevenbergMarquardt, PerName, PolyakRuppert
 
 X = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
 
@@ -348,6 +348,17 @@ def step_on_averages() -> None:
         svi.step(X)
 
 
+def factor_for_nobody() -> None:
+    lr = PerName(0.1, {"nobody": 0.5})
+    NaturalSVI(normal, no_guide, NaturalGradient(lr)).step(X)
+
+
+def far_too_fast() -> None:
+    svi = NaturalSVI(normal, no_guide, NaturalGradient(1e9, damping=ConstantDamping(0.0)))
+    for _ in range(20):
+        svi.step(X)
+
+
 @dataclass(frozen=True)
 class Row:
     """An error, a program that provokes it, and words of its message: culprit, then way out."""
@@ -385,6 +396,8 @@ TABLE = (
     Row(errors.InvalidData, empty_batch, ("batch is empty",)),
     Row(errors.NonFiniteStep, diverged, ("3 steps", "last good step", "Lower lr", "damping")),
     Row(errors.UnassignedParameter, shared, ("both", "exclude=")),
+    Row(errors.UnknownName, factor_for_nobody, ("'nobody'", "PerName", "There are: loc")),
+    Row(errors.Diverged, far_too_fast, ("7 steps", "last good step", "Lower lr", "trust_region")),
     Row(errors.CheckpointMismatch, not_a_state, ("NaturalGradient", "format")),
     Row(errors.CheckpointMismatch, other_program, ("z of the model", "another program")),
     Row(errors.NoGuideOnDreams, asleep, ("x", "'observations'", "arguments")),

@@ -486,7 +486,8 @@ def test_a_step_out_of_the_domain_of_a_distribution_says_how_to_bound_it() -> No
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(0.0, positive("scale", torch.tensor(1.0))), obs=x)
 
-    svi = NaturalSVI(model, lambda x: None, NaturalGradient(1e6, damping=ConstantDamping(0.0)))
+    optim = NaturalGradient(1e6, damping=ConstantDamping(0.0), rejection=None)
+    svi = NaturalSVI(model, lambda x: None, optim)
     svi.step(randn(1, 9))
     assert svi.info.accepted
     with pytest.raises(NonFiniteStep, match=r"last step, of .* nats, .*=KLTrustRegion\(1.0\)"):

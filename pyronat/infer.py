@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
-from pyro.util import get_rng_state
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyronat.averaging import Exchange
@@ -392,13 +392,18 @@ class NaturalSVI:
 
     def _analyze_here(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Analyzes the programs at the parameters as they are."""
-        stored = stored_parameters()
-        with torch.random.fork_rng(), poutine.block(), torch.no_grad(), Claims(self._unclaimed):
-            guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-            poutine.replay(self.model, trace=guide_trace)(*args, **kwargs)
-            after = random_state()
+        stored, before = stored_parameters(), get_rng_state()
+        try:
+            with torch.random.fork_rng(), poutine.block(), torch.no_grad(), Claims(self._unclaimed):
+                guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+                poutine.replay(self.model, trace=guide_trace)(*args, **kwargs)
+                after = random_state(), get_rng_state()
+        except BaseException:
+            set_rng_state(before)
+            raise
+        set_rng_state(before if stored == stored_parameters() else after[1])
         if stored != stored_parameters():
-            set_random_state(after)
+            set_random_state(after[0])
         model = know(self.model, args, kwargs)
         guide = self._of_guide(know(self.guide, args, kwargs), model)
         check_same_program(

@@ -435,10 +435,14 @@ def constant_samples() -> Messenger:
 
 @contextmanager
 def own_random_numbers(seed: int) -> Generator[None, None, None]:
-    """Runs on random numbers of its own, so that the caller's stream is not disturbed."""
+    """Runs on random numbers of its own, so that the caller's streams are not disturbed."""
+    state = get_rng_state()
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+        set_rng_seed(seed)
+        try:
+            yield
+        finally:
+            set_rng_state(state)
 
 
 def random_state() -> list[Tensor]:

@@ -137,6 +137,15 @@ def test_mnist_reads_packed_bits(tmp_path: Path) -> None:
         mnist.load_data(write_bits(tmp_path / "part.npz", test_bits=None))
 
 
+def test_mnist_judges_files_that_are_sorted_by_images_of_all_of_them() -> None:
+    rows = torch.arange(1000.0).unsqueeze(1)
+    some = mnist.some_of(rows, 200)
+    assert torch.equal(some, mnist.some_of(rows, 200)) and len(some.unique()) == 200
+    error = 1000 / 12**0.5 / 200**0.5
+    assert abs(float(some.mean()) - 499.5) < 3 * error < abs(float(rows[:200].mean()) - 499.5)
+    assert len(mnist.some_of(rows, 2000)) == 1000
+
+
 def test_mnist_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = np.zeros((40, 784))
     images[:, ::2], images[0, 0] = 255, 0

@@ -380,6 +380,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
 
     def shrink(self, gradients: Mapping[str, Tensor]) -> None:
         """Scales gradients without a metric in place, where their norm exceeds its bound."""
+        if math.isinf(self.clip.euclidean):
+            return
         kinds = self.assignment(list(gradients))
         self.clip.shrink({n: g for n, g in gradients.items() if kinds[n] != "natural"})
 

@@ -152,22 +152,29 @@ def inside_support(params: Mapping[str, Tensor]) -> bool:
 
 
 def data_count(records: Sequence[SiteRecord]) -> float:
-    """Number of data that a loss counts: elements of the outermost plate times the scale.
+    """Number of data that a loss counts.
 
     Args:
         records: of a run of the model.
 
     Returns:
-        The largest number over observed sites; 1 where none is in a plate.
+        The largest number of elements of an outermost plate of observed sites, or the number of
+        observed values that are in no plate, if that is larger; as often as the loss counts them.
     """
-    counts = [1.0]
+    largest, single = 0.0, 0.0
     for record in records:
+        if not record.observed:
+            continue
+        scale = float(torch.as_tensor(record.scale).double().mean())
         plates = [plate for plate in record.plates if plate.name not in ADDED_PLATES]
-        if record.observed and plates:
+        if plates:
             dim = plates[0].dim - len(record.distribution.event_shape)
             size = record.value.shape[dim] if -dim <= record.value.dim() else 1
-            counts.append(size * float(torch.as_tensor(record.scale).double().mean()))
-    return max(count for count in counts if count < math.inf)
+            largest = max(largest, size * scale)
+        else:
+            single += record.value.numel() * scale
+    count = max(largest, single)
+    return count if 0 < count < math.inf else 1.0
 
 
 def guide_messenger(program: Program) -> GuideMessenger | None:

@@ -425,7 +425,17 @@ def test_data_are_counted_as_the_loss_counts_them(
     assert data_count(records_of(trace)) == pytest.approx(size * scale)
 
 
-def test_without_plates_all_is_one_datum() -> None:
+def test_without_plates_values_are_counted() -> None:
+    def program() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(20, 3), 1.0).to_event(2), obs=X)
+        for step in range(5):
+            pyro.sample(f"y_{step}", dist.Normal(0.0, 1.0), obs=X[0, 0])
+
+    trace = pyro.poutine.trace(program).get_trace()
+    assert data_count(records_of(trace)) == 65
+
+
+def test_without_data_there_is_one() -> None:
     trace = pyro.poutine.trace(lambda: pyro.sample("x", dist.Normal(0.0, 1.0))).get_trace()
     assert data_count(records_of(trace)) == 1
 

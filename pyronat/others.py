@@ -45,6 +45,28 @@ def restore(optimizer: pyro.optim.PyroOptim, state: Mapping[str, Any]) -> None:
         held.update(new)
 
 
+def with_moments_of(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """A state with the moments of an earlier one, but rates and schedules as they are now.
+
+    A scheduler may have stepped since the earlier one, and rates may have been set by hand.
+
+    Args:
+        saved: the earlier state.
+        current: the state now.
+
+    Returns:
+        The state.
+    """
+    found = dict(saved)
+    for name, now in current.items():
+        scheduled = "scheduler" in now
+        before, single = saved.get(name, {}), now["optimizer"] if scheduled else now
+        moments = (before.get("optimizer", {}) if scheduled else before).get("state", {})
+        merged = {**single, "state": moments}
+        found[name] = {**now, "optimizer": merged} if scheduled else merged
+    return found
+
+
 def kind_of(optimizer: pyro.optim.PyroOptim | None) -> str:
     """Name of the torch optimizer behind a Pyro optimizer; "default" for None."""
     if optimizer is None:

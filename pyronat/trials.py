@@ -15,6 +15,7 @@ from torch import Tensor
 from pyronat.errors import Diverged, PyronatError
 from pyronat.guards import all_finite
 from pyronat.optim import NaturalGradient
+from pyronat.others import state_of, with_moments_of
 from pyronat.proposals import Before, Proposal, Unjudged
 from pyronat.refresh import Call
 from pyronat.sides import Role, Side
@@ -236,7 +237,8 @@ class Judge:
         if not rule.blames(optim.watch, suspect.loss / data, before / data):
             return False
         _put(stored_leaves(), last.params)
-        optim.take(last.state)
+        others = with_moments_of(last.state["others"], state_of(optim.other_optimizer()))
+        optim.take({**last.state, "others": others})
         optim.last, optim.watch = None, rule.shorter(optim.watch)
         if optim.rule is not None:
             optim.caution = optim.rule.judged(optim.caution, -math.inf)

@@ -193,6 +193,27 @@ def test_a_step_is_taken_back_to_the_last_bit(name: str, monkeypatch: pytest.Mon
     assert svi.info.undone == 0
 
 
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_scheduler_that_has_stepped_since_goes_on(at: int) -> None:
+    """The moments are those before the step, the rate is that of the new epoch."""
+    arguments = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.5}
+    others = pyro.optim.ExponentialLR(arguments)
+    svi = jumping(at, guide_geometry=Euclidean(), others=others)
+    for _ in range(at):
+        svi.step(X)
+    counts = [float(s.optimizer.state[p]["step"]) for p, s in others.optim_objs.items()]
+    svi.step(X)
+    others.step()
+    svi.step(X)
+    assert svi.info is not None and svi.info.undone == 1
+    for single in others.optim_objs.values():
+        state = single.optimizer.state_dict()
+        assert state["param_groups"][0]["lr"] == 0.005
+        assert state["state"][0]["step"] == at + 1
+        assert single.state_dict()["last_epoch"] == 1
+    assert all(count == at for count in counts)
+
+
 def test_without_the_rule_the_step_stands() -> None:
     """Negative control."""
     svi = jumping(rejection=None)

@@ -43,6 +43,8 @@ def test_every_training_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture
             ("vae", "visible", "refused"),
         ]
     ]
+    lines = (tmp_path / "new" / "report.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == report["runs"]
     assert report["outcomes"] == {"trained": 6, "refused": 2}
     assert "BlockTooLarge" in str(report["runs"][3]["error"])
     assert "| vae | visible | 0 | 2 | 0 | 0 | 0 | 0 | 0 | 0 |" in capsys.readouterr().out

@@ -15,9 +15,9 @@ training is one of
 With `--rate-factor` the learning rate is that many times the default: then a training may be
 stopped, but neither be broken nor crash.
 
-Run it as `python -m examples.benchmarks.robustness --seeds 100 --jobs 16 --json FILE`. It
-prints a table, and writes every run to the file. The exit status is 1 if any run is broken or has
-crashed.
+Run it as `python -m examples.benchmarks.robustness --seeds 100 --jobs 16 --json FILE`. It prints a
+table, and writes every run to the file, and at once to the same with the ending `.jsonl`. The exit
+status is 1 if any run is broken or has crashed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -223,6 +223,26 @@ def cases(names: Sequence[str], geometries: Sequence[str], seeds: Iterable[int])
     ]
 
 
+def run_all(settings: Settings, todo: Sequence[Case], jobs: int) -> Iterator[Run]:
+    """Trains in this process, or in several others.
+
+    Args:
+        settings: How.
+        todo: All trainings.
+        jobs: Number of processes.
+
+    Yields:
+        What became of each, in order.
+    """
+    work = partial(train, settings)
+    if jobs == 1:
+        yield from map(work, tqdm(todo))
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+            yield from tqdm(pool.map(work, todo), total=len(todo))
+
+
 def table(runs: Sequence[Run]) -> str:
     """Outcomes by program and geometry, as Markdown."""
     rows: dict[tuple[str, str], Counter[str]] = {}
@@ -264,13 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     todo = cases(options.programs, options.geometries, seeds)
 
     runs: list[Run] = []
-    work = partial(train, settings)
-    if options.jobs == 1:
-        runs.extend(work(case) for case in tqdm(todo))
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
-            runs.extend(tqdm(pool.map(work, todo), total=len(todo)))
+    for run in run_all(settings, todo, options.jobs):
+        runs.append(run)
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            with options.json.with_suffix(".jsonl").open("w" if len(runs) == 1 else "a") as file:
+                file.write(json.dumps(asdict(run), allow_nan=False) + "\n")
     print(table(runs))
     failures = [run for run in runs if run.outcome in FAILED]
     for run in failures:
@@ -285,7 +304,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "processors": os.cpu_count(),
             "runs": [asdict(run) for run in runs],
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         print(f"Wrote {options.json}")
     return 1 if failures else 0

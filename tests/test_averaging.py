@@ -330,7 +330,7 @@ def test_averages_resume_to_the_last_bit(kind: str, tmp_path: Path) -> None:
     pyro.clear_param_store()
     third = make(**KINDS[kind])
     load(third, tmp_path)
-    third.optim.averages = Averages()
+    third.optim.set_state({**third.optim.get_state(), "averages": {}})
     train(third, 3)
     assert not same(shown(third), end)
 

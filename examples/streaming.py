@@ -316,7 +316,7 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
         the last evaluation that all have.
     """
     summaries: list[dict[str, Any]] = []
-    for problem in dict.fromkeys(run.problem for run in runs):
+    for problem in make_problems():
         own = [run for run in runs if run.problem == problem]
         found = [
             _summary([run for run in own if run.method == method])

@@ -76,7 +76,8 @@ def test_public_names_have_docstrings(name):
     assert inspect.getdoc(item)
 
 
-def test_results_are_filled_in():
-    results = re.search(r"<!-- results: digits -->(.*?)<!-- end -->", README, re.DOTALL)
+@pytest.mark.parametrize("example", ["digits", "mnist"])
+def test_results_are_filled_in(example):
+    results = re.search(rf"<!-- results: {example} -->(.*?)<!-- end -->", README, re.DOTALL)
     assert results is not None
     assert "natural" in results[1] and "Adam" in results[1]

@@ -387,7 +387,9 @@ def plot(summaries: Sequence[Mapping[str, Any]], path: Path) -> None:
     ):
         for one in summaries:
             if one["problem"] == problem:
-                axes.loglog(one["batches"], one["median"], marker="o", ms=3, label=one["method"])
+                place = len(NATURAL) if one["method"] in ADAM else METHODS.index(one["method"])
+                style = {"color": f"C{place}", "marker": "o", "ms": 3}
+                axes.loglog(one["batches"], one["median"], label=one["method"], **style)
         axes.axhline(1, color="gray", lw=0.8)
         axes.set(title=problem, xlabel="batches of 100")
         axes.legend(fontsize=7)

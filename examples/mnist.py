@@ -4,8 +4,8 @@ A sigmoid belief network with layers of 784, 200 and 200 units (`models.helmholt
 per-datum reweighted wake-sleep. Every run has the same budget of processor time, of which only the
 steps count, and every rate falls linearly to 0.02 of its start with the share of the budget that
 is spent. All methods have the same loss, particles, batches and initial parameters. Rates are
-picked on the validation split, by short runs that decay to their own end; the natural gradients
-start from one fixed rate.
+picked on the validation split, by short runs that decay to their own end; each of the natural
+gradients starts from one fixed rate.
 
 Run it as `python -m examples.mnist --data FILE.npz`, with the packed bits of a binarization, or
 without `--data` to fetch MNIST from OpenML and binarize it; `--quick` is a small version. It
@@ -39,6 +39,7 @@ from torch import Tensor
 import pyronat
 from examples.comparison import Step, batches, markdown
 from models.helmholtz import Helmholtz
+from pyronat.steps import RunningAverage
 
 HIDDEN = (200, 200)
 BATCH_SIZE = 100
@@ -317,6 +318,7 @@ def grid(*texts: str) -> tuple[Rate, ...]:
 
 
 NATURAL_RATE = grid("0.5")
+SHARED = pyronat.Full(structure={"*": "shared"})
 METHODS: dict[str, Method] = {
     "adam": Method(
         "Adam",
@@ -338,7 +340,12 @@ METHODS: dict[str, Method] = {
     "shared": Method(
         "natural, shared basis",
         NATURAL_RATE,
-        partial(natural, lambda: {"geometry": pyronat.Full(structure={"*": "shared"})}),
+        partial(natural, lambda: {"geometry": SHARED}),
+    ),
+    "rare": Method(
+        "natural, shared basis, every 20 steps",
+        grid("0.2"),
+        partial(natural, lambda: {"geometry": SHARED, "curvature": RunningAverage(refresh=20)}),
     ),
     "visible": Method(
         "natural, visible",

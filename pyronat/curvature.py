@@ -237,7 +237,7 @@ class UnitFactor(Factor):
         else:
             largest = self._by_row(flat * bounds)[:, None, None] * jacobian
             roots = bounds.sqrt().unsqueeze(1)
-        leverage = (largest * jacobian).sum((1, 2, 3))
+        leverage = largest_eigenvalue_bound(largest @ jacobian.mT).sum(1)
         sums = jacobian.abs().sum(-1)
         norms = roots * (sums if self.table is None else sums[:, self.table.numbers])
         operator: BlockOperator | None = None
@@ -261,6 +261,15 @@ class UnitFactor(Factor):
             return values
         total = values.new_zeros(len(self.table.first), *values.shape[1:])
         return total.index_add_(0, self.table.numbers, values)
+
+
+def largest_eigenvalue_bound(matrices: Tensor) -> Tensor:
+    """max_i Σ_j |M_ij| `[*]` of matrices `[*, size, size]`, not below any eigenvalue.
+
+    What a datum does to its own coordinates by a step along one of them is M = F J Jᵀ: the step
+    moves θ by J Jᵀ ∂log p/∂θ. Coordinates that share no parameter do not add up.
+    """
+    return matrices.abs().sum(-1).amax(-1)
 
 
 def gram(weights: Tensor, inputs: Tensor) -> Tensor:

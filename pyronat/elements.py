@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyronat.autograd import SampleGate, vector_jacobian_products
 from pyronat.blocks import ParamBlock
-from pyronat.curvature import Curvature, Factor
+from pyronat.curvature import Curvature, Factor, largest_eigenvalue_bound
 from pyronat.datum_rows import Data
 from pyronat.families import Group
 from pyronat.operators import BlockMatrix, BlockOperator, Diagonal, Layout
@@ -67,10 +67,10 @@ class ElementFactor(Factor):
                 operator = Diagonal((self.jacobian * weighted).sum(1))
             else:
                 operator = BlockMatrix(self.jacobian.mT @ weighted)
-        squares = (self.jacobian * (reference @ self.jacobian)).sum((1, 2))
+        largest = largest_eigenvalue_bound(reference @ self.jacobian @ self.jacobian.mT)
         return Curvature(
             operator,
-            leverage=reached * scale * squares,
+            leverage=reached * scale * largest,
             reach=2 * reached * norms.amax(1),
             mass=weights.sum(),
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import pyro.optim
 from torch import Tensor
 
+from pyronat.adaptation import adaptation
 from pyronat.averaging import Averages
 from pyronat.checkpoints import check_state, read, write
 from pyronat.curvature import Curvature
@@ -17,10 +17,11 @@ from pyronat.errors import (
     StructureChanged,
 )
 from pyronat.geometry import Full, Geometry, Visible
+from pyronat.motion import Carry, within
 from pyronat.others import kind_of, restore, state_of
 from pyronat.planning import Planner, check_names
 from pyronat.programs import KnownProgram
-from pyronat.proposals import Before, Proposal, Unjudged, step_scalars
+from pyronat.proposals import Before, Motion, Proposal, Unjudged, step_scalars
 from pyronat.rejection import DEFAULT, Watch
 from pyronat.shaping import Shape, shaped
 from pyronat.sides import Kind, Role, Side
@@ -36,6 +37,7 @@ from pyronat.steps import (
     LevenbergMarquardt,
     LeverageDamping,
     Moments,
+    Momentum,
     PerName,
     PolyakRuppert,
     ReachScaledAdam,
@@ -43,12 +45,13 @@ from pyronat.steps import (
     RetainedShare,
     RunningAverage,
     Schedule,
+    Shrinkage,
 )
 
 STATE_FORMAT = 5
 
 _REQUIRED = dict.fromkeys(
-    "step_count seed caution unjudged sides moments others averages watch last".split()
+    "step_count seed caution unjudged sides moments motions others averages watch last".split()
 )
 
 NETWORK_REFRESH = 20
@@ -83,6 +86,9 @@ class NaturalGradient(pyro.optim.PyroOptim):
         seed: seed of the dreams, which never touch the random numbers of the training.
         averaging: how all parameters that steps move are averaged over the steps, in unconstrained
             coordinates; `NaturalSVI.averaged` shows the averages. By default they are not.
+        momentum: of natural steps; `steps.Momentum(0.0)` is none, as under adaptive rules.
+        shrinkage: of natural steps of a guide where its gradient is noise;
+            `steps.Shrinkage(least=1.0)` is none, as under adaptive rules.
 
     Example:
         >>> optim = NaturalGradient(lr=0.1, geometry=Full(expectation="model"))
@@ -102,6 +108,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
         rejection: Rejection | None = DEFAULT,
         seed: int = 0,
         averaging: PolyakRuppert | None = None,
+        momentum: Momentum | None = None,
+        shrinkage: Shrinkage | None = None,
     ) -> None:
         super().__init__(_refuse, {})
         self.lr: Schedule = lr if callable(lr) else Constant(lr)
@@ -114,7 +122,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self.clip = clip or Clip()
         self.rejection, self.watch = rejection, Watch()
         self.last: Before | None = None
-        self.rule = self._rule()
+        self.adaptation = adaptation(self.geometry, self.damping, self.lr, self.clip)
+        self.carry = Carry(self.adaptation.momentum(momentum), self.adaptation.shrinkage(shrinkage))
         whole = RunningAverage() if self.rule is None else RunningAverage(0.0, 1)
         self._curvature = curvature
         self.curvature = curvature or whole
@@ -124,15 +133,13 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self.averaging = averaging
         self.averages = Averages()
         self.step_count = 0
-        mixing = self.geometry.mixing if isinstance(self.geometry, Visible) else None
-        self.held_out = mixing if isinstance(mixing, HeldOut) else None
-        rule = self.rule or self.held_out
-        self.caution = Caution() if rule is None else rule.start()
+        self.caution = self.adaptation.start()
         self.unjudged: Unjudged | None = None
         self.sides: dict[Role, Side] = {}
         self.scaled_adam = ReachScaledAdam()
         self._plain = pyro.optim.Adam({"lr": 1e-3})
         self._moments: dict[str, Moments] = {}
+        self._motions: dict[str, Motion] = {}
         self._pending: dict[str, Any] | None = None
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> NoReturn:
@@ -148,22 +155,15 @@ class NaturalGradient(pyro.optim.PyroOptim):
         """
         _refuse()
 
-    def _rule(self) -> LevenbergMarquardt | None:
-        """The adaptive rule, if there is one.
+    @property
+    def rule(self) -> LevenbergMarquardt | None:
+        """The rule that judges each step by the loss that made it, if there is one."""
+        return self.adaptation.search
 
-        Returns:
-            The rule.
-
-        Raises:
-            ValueError: if there are two, or if something else shapes its steps.
-        """
-        mixing = self.geometry.mixing if isinstance(self.geometry, Visible) else None
-        rules = [rule for rule in (mixing, self.damping) if isinstance(rule, LevenbergMarquardt)]
-        if len(rules) > 1:
-            raise ValueError("either mixing or damping is adapted, not both")
-        if rules and (isinstance(self.lr, PerName) or self.clip.natural < math.inf):
-            raise ValueError("an adaptive rule sets the length of steps: no PerName, no Clip")
-        return rules[0] if rules else None
+    @property
+    def held_out(self) -> HeldOut | None:
+        """The rule that judges each step by the next minibatch, if there is one."""
+        return self.adaptation.held_out
 
     def mixing(self, caution: Caution) -> float | RetainedShare:
         """ρ of the model's geometry at this step, or the rule for it by district."""
@@ -378,6 +378,19 @@ class NaturalGradient(pyro.optim.PyroOptim):
         inside = self.trust_region.factor(proposal.scalars["kl"])
         return shaped(proposal, sides, gradients, Shape(natural=inside))
 
+    def carried(
+        self, sides: Mapping[Role, Side], proposal: Proposal, gradients: Mapping[str, Tensor]
+    ) -> Proposal:
+        """A step of `shaped` with what it carries over from earlier ones, within the radius.
+
+        After a step that was taken back, nothing is carried over.
+        """
+        if self.carry.is_none:
+            return proposal
+        motions = {} if self.watch.undone else self._motions
+        proposal = self.carry(proposal, sides, gradients, motions)
+        return within(proposal, self.trust_region.factor(proposal.scalars["kl"]))
+
     def shrink(self, gradients: Mapping[str, Tensor]) -> None:
         """Scales gradients without a metric in place, where their norm exceeds its bound."""
         if math.isinf(self.clip.euclidean):
@@ -404,6 +417,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         """Makes the state of a taken step, which led to `params`, the optimizer's own."""
         self.sides, self.caution = dict(sides), caution
         self._moments = {**self._moments, **proposal.moments}
+        self._motions = {**self._motions, **proposal.motions}
         if self.averaging is not None:
             self.averages = self.averages.entered(self.averaging, self.step_count, params)
         self.step_count += 1
@@ -420,6 +434,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             "caution": dict(vars(self.caution)),
             "unjudged": None if self.unjudged is None else dict(vars(self.unjudged)),
             "moments": {name: dict(vars(state)) for name, state in self._moments.items()},
+            "motions": {role: motion.state() for role, motion in self._motions.items()},
             "others": state_of(self.other_optimizer()),
             "averages": None if self.averaging is None else self.averages.state(),
         }
@@ -429,6 +444,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self.caution = Caution(**state["caution"])
         self.unjudged = None if state["unjudged"] is None else Unjudged(**state["unjudged"])
         self._moments = {name: Moments(**moments) for name, moments in state["moments"].items()}
+        self._motions = {role: Motion(**motion) for role, motion in state["motions"].items()}
         self.averages = Averages.from_state(state["averages"], self.averaging)
         restore(self.other_optimizer(), state["others"])
 
@@ -444,7 +460,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             "seed": self.seed,
             "sides": {role: side.state() for role, side in self.sides.items()},
             "others_kind": kind_of(self.others),
-            "adapted": self._adapted(),
+            "adapted": self.adaptation.what,
             "watch": dict(vars(self.watch)),
             "last": None if last is None else {"params": last.params, "state": last.state},
         }
@@ -459,7 +475,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             CheckpointMismatch: if it is not a state of this class, or of another program.
         """
         state = dict(state_dict)
-        settings = {"others_kind": kind_of(self.others), "adapted": self._adapted()}
+        settings = {"others_kind": kind_of(self.others), "adapted": self.adaptation.what}
         check_state(state, "NaturalGradient", {**_REQUIRED, "format": STATE_FORMAT, **settings})
         averages = Averages.from_state(state["averages"], self.averaging)
         if self.bound:
@@ -470,12 +486,6 @@ class NaturalGradient(pyro.optim.PyroOptim):
             self.step_count, self.seed = state["step_count"], state["seed"]
         self.averages, self.watch = averages, Watch(**state["watch"])
         self.last = None if state["last"] is None else Before(**state["last"])
-
-    def _adapted(self) -> str:
-        """What an adaptive rule adapts."""
-        rule = self.rule or self.held_out
-        what = "damping" if rule is self.damping else "mixing"
-        return "no adaptive rule" if rule is None else f"{what} by {type(rule).__name__}"
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         sides = self._planner.restored(self.sides, state["sides"])

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyronat.steps import Moments
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What one program remembers of its natural steps.
+
+    Attributes:
+        changes: the last step Δ, by parameter.
+        fresh: its new part −η d, by parameter; empty where no share of signal is wanted.
+        age: steps since momentum was last restarted, a 0-d tensor.
+        agreement: running mean of gᵀ times the new part of the step before, a 0-d tensor.
+        power: running mean of gᵀ times the new part of the same step, a 0-d tensor.
+    """
+
+    changes: Mapping[str, Tensor]
+    fresh: Mapping[str, Tensor]
+    age: Tensor
+    agreement: Tensor
+    power: Tensor
+
+    def state(self) -> dict[str, Any]:
+        """Plain tensors and dicts."""
+        return {**vars(self), "changes": dict(self.changes), "fresh": dict(self.fresh)}
 
 
 @dataclass(frozen=True)
@@ -21,11 +44,13 @@ class Proposal:
         moments: new states of the scaled Adam, by parameter.
         scalars: length, gain of all natural parameters, model_gain of the model's, kl, grad_norm,
             natural_norm, cosine and damping, as 0-d tensors.
+        motions: what it leaves to later steps, by program.
     """
 
     changes: dict[str, Tensor]
     moments: dict[str, Moments]
     scalars: dict[str, Tensor]
+    motions: Mapping[str, Motion] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

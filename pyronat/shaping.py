@@ -67,7 +67,7 @@ def shaped(
     own = {(shape.by_name or {}).get(name, 1.0) for name in changes if name in natural}
     common = shape.whole * shape.natural * (own.pop() if len(own) == 1 else 1.0)
     scalars["length"] = length * common
-    scalars["kl"] = _divergence(sides, changes, zero) if own else scalars["kl"] * common**2
+    scalars["kl"] = divergence(sides, changes, zero) if own else scalars["kl"] * common**2
     scalars["gain"] = scalars["model_gain"] = zero
     for name in sorted(natural & gradients.keys() & changes.keys()):
         inner = -(gradients[name] * proposal.changes[name]).sum().to(zero)
@@ -78,7 +78,7 @@ def shaped(
     return replace(proposal, changes=changes, scalars=scalars)
 
 
-def _divergence(sides: Mapping[Role, Side], changes: Mapping[str, Tensor], like: Tensor) -> Tensor:
+def divergence(sides: Mapping[Role, Side], changes: Mapping[str, Tensor], like: Tensor) -> Tensor:
     """½ ΔᵀGΔ over all blocks with a metric, in nats."""
     total = like
     for side in sides.values():

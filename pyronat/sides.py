@@ -24,7 +24,7 @@ from pyronat.steps import Damping, RetainedShare, RunningAverage
 
 Role: TypeAlias = Literal["model", "guide"]
 
-Kind: TypeAlias = Literal["network", "guide"]
+Kind: TypeAlias = Literal["network", "guide", "model"]
 """Blocks whose steps are bounded together."""
 
 Bound: TypeAlias = Callable[[Kind, Tensor], Tensor]
@@ -244,7 +244,7 @@ class Side:
         return directions, list(products.values())
 
     def _shrinking(self, products: Mapping[str, Tensor], bound: Bound) -> dict[str, Tensor]:
-        """Factors on the directions of blocks: one for all networks, one for the rest of a guide.
+        """Factors on the directions of blocks: one for all networks, one for the rest.
 
         Args:
             products: of each block.
@@ -254,8 +254,7 @@ class Side:
             The factor by block.
         """
         factors: dict[str, Tensor] = {}
-        kinds: tuple[Kind, ...] = ("network", "guide")
-        for kind in kinds:
+        for kind in ("network", self.role):
             names = [name for name in products if self._kind(name) == kind]
             if names:
                 quadratic = torch.stack([products[name][3] for name in names]).sum().clamp_min(0)
@@ -264,10 +263,8 @@ class Side:
                 factors.update(dict.fromkeys(names, bound(kind, per_datum)))
         return factors
 
-    def _kind(self, name: str) -> Kind | None:
-        if self.plan.blocks[name].network:
-            return "network"
-        return "guide" if self.role == "guide" else None
+    def _kind(self, name: str) -> Kind:
+        return "network" if self.plan.blocks[name].network else self.role
 
     def _packed(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor:
         """Gradients `[count, size]` of a block, 0 for parameters that a step did not use."""

@@ -302,19 +302,27 @@ class KLTrustRegion:
         guide: the same, per datum, of what a step does to the rest of a guide. A guide of global
             variables is one datum: its gradient comes from a few draws, of which a long step makes
             too much.
+        model: the same, per datum, of what a step does to the rest of a model. Far from the data,
+            dreams say little about what data reach.
+
+    All but the radius bound the new part of a step, before momentum.
     """
 
     radius: float = math.inf
     network: float = 0.003
     guide: float = 1.0
+    model: float = math.inf
 
     def factor(self, divergence: Tensor) -> Tensor:
         """Factor on the step, at most 1."""
         return _shrinking(self.radius, divergence)
 
-    def factor_per_datum(self, kind: Literal["network", "guide"], divergence: Tensor) -> Tensor:
-        """Factor on the step of networks, or of a guide, from its divergence per datum."""
-        return _shrinking(self.network if kind == "network" else self.guide, divergence)
+    def factor_per_datum(
+        self, kind: Literal["network", "guide", "model"], divergence: Tensor
+    ) -> Tensor:
+        """Factor on the step of networks, or of the rest, from its divergence per datum."""
+        bounds = {"network": self.network, "guide": self.guide, "model": self.model}
+        return _shrinking(bounds[kind], divergence)
 
 
 def _shrinking(radius: float, divergence: Tensor) -> Tensor:
@@ -322,6 +330,83 @@ def _shrinking(radius: float, divergence: Tensor) -> Tensor:
         return torch.ones_like(divergence)
     tiny = torch.finfo(divergence.dtype).tiny
     return (radius / divergence.clamp_min(tiny)).sqrt().clamp_max(1.0)
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Heavy ball that restarts: Δ_t = β Δ_{t−1} − η d_t with β = min(decay, k / (k + 3)).
+
+    k counts the steps since momentum was last restarted, which happens where the gradient says that
+    the last step leads uphill, gᵀΔ_{t−1} > 0. So it builds up along a slope that lasts, as in
+    directions that hidden variables make slow, and stays small where noise rules, since there every
+    other gradient turns it back. (B. T. Polyak 1964; B. O'Donoghue and E. Candès, "Adaptive restart
+    for accelerated gradient schemes", Foundations of Computational Mathematics 15, 2015.)
+
+    Attributes:
+        decay: largest β; 0 is no momentum.
+        restarts: whether momentum restarts; if not, β is `decay` from the second step on.
+    """
+
+    decay: float = 0.95
+    restarts: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the range.
+
+        Raises:
+            ValueError: if decay is not in [0, 1).
+        """
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), not {self.decay}")
+
+    def age(self, age: Tensor, slope: Tensor) -> Tensor:
+        """Steps since the last restart, from those before and the slope gᵀΔ_{t−1} of this step."""
+        return torch.where(slope > 0, 0.0, age) if self.restarts else age
+
+    def decay_at(self, age: Tensor) -> Tensor:
+        """β after `age` steps since the last restart."""
+        if not self.restarts:
+            return torch.full_like(age, self.decay)
+        return (age / (age + 3)).clamp_max(self.decay)
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """Shorter steps of a guide where its gradient is noise: f = √min(max(gain · s, least), 1).
+
+    s is the share of signal in the gradients, gᵀ_t d_{t−1} over gᵀ_t d_t in running means: 0 in
+    expectation where the gradients of two steps have nothing in common, 1 where they are the same.
+    It is pooled over all blocks: what single blocks say of themselves is noise in turn.
+
+    Attributes:
+        gain: shares above 1 / gain leave steps as they are.
+        least: bound on f².
+        decay: weight of the past in the running means.
+    """
+
+    gain: float = 4.0
+    least: float = 0.1
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        if not self.gain > 0 or not 0 < self.least <= 1 or not 0 <= self.decay < 1:
+            raise ValueError(
+                f"gain must be positive, least in (0, 1] and decay in [0, 1), not {self}"
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether it ever shortens a step; with `least=1` it does not."""
+        return self.least < 1
+
+    def factor(self, share: Tensor) -> Tensor:
+        """F for a share of signal."""
+        return (self.gain * share).clamp(self.least, 1).sqrt()
 
 
 @dataclass(frozen=True)

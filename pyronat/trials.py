@@ -176,7 +176,7 @@ def taken(
     proposal = whole = optim.propose(sides, gradients)
     most = 1 if rule is None else MAX_SHORTER
     for tries in range(1, most + 1):
-        proposal = optim.shaped(sides, whole, gradients)
+        proposal = optim.carried(sides, optim.shaped(sides, whole, gradients), gradients)
         watched = optim.watched(proposal, params)
         if applied(proposal, params, optim, undo):
             optim.unjudged = watched

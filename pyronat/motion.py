@@ -1,0 +1,125 @@
+"""What steps carry over to the next one: momentum that restarts, and the share of signal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyronat.proposals import Motion, Proposal
+from pyronat.shaping import divergence
+from pyronat.sides import Role, Side
+from pyronat.steps import Momentum, Shrinkage
+
+
+@dataclass(frozen=True)
+class Carry:
+    """Rules of what is carried over.
+
+    Attributes:
+        momentum: of both programs.
+        shrinkage: of the guide, whose gradient comes from few draws.
+    """
+
+    momentum: Momentum
+    shrinkage: Shrinkage
+
+    def __call__(
+        self,
+        proposal: Proposal,
+        sides: Mapping[Role, Side],
+        gradients: Mapping[str, Tensor],
+        motions: Mapping[str, Motion],
+    ) -> Proposal:
+        """A step with what it carries over from earlier ones.
+
+        Δ_t = β Δ_{t−1} − f η d_t for each program with a metric, with β of `steps.Momentum` and, of
+        the guide, f of `steps.Shrinkage`. Its divergence ½ ΔᵀGΔ is that of the whole step, with the
+        full Fisher information.
+
+        Args:
+            proposal: the step without.
+            sides: curvature that it was made with.
+            gradients: by parameter.
+            motions: what earlier steps have left, by program.
+
+        Returns:
+            The step, with new `motions`, and "momentum" and "signal" among its scalars.
+        """
+        changes, scalars = dict(proposal.changes), dict(proposal.scalars)
+        zero = torch.zeros_like(scalars["kl"])
+        found: dict[str, Motion] = {}
+        for role, side in sides.items():
+            owned = side.plan.owner() if side.natural else {}
+            fresh = {name: changes[name] for name in sorted(owned) if name in changes}
+            if not fresh:
+                continue
+            shrinks = role == "guide" and self.shrinkage.active
+            before = motions.get(role) or Motion({}, {}, zero, zero, zero)
+            before, share = self._share(before, fresh, gradients) if shrinks else (before, None)
+            factor = torch.ones_like(zero) if share is None else self.shrinkage.factor(share)
+            slope = _inner(gradients, before.changes, zero)
+            age = self.momentum.age(before.age, slope)
+            decay = self.momentum.decay_at(age)
+            for name, change in fresh.items():
+                changes[name] = factor.to(change) * change
+                if name in before.changes:
+                    changes[name] = changes[name] + decay.to(change) * before.changes[name]
+            found[role] = replace(
+                before,
+                changes={name: changes[name] for name in fresh},
+                fresh=fresh if shrinks else {},
+                age=age + 1,
+            )
+            scalars["momentum"] = torch.maximum(scalars.get("momentum", zero), decay)
+            if share is not None:
+                scalars["signal"] = share
+        moved = {name: changes[name] for motion in found.values() for name in motion.changes}
+        scalars["kl"] = divergence(sides, moved, zero)
+        return replace(proposal, changes=changes, scalars=scalars, motions=found)
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing is ever carried over."""
+        return self.momentum.decay == 0 and not self.shrinkage.active
+
+    def _share(
+        self, before: Motion, fresh: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> tuple[Motion, Tensor]:
+        """The motion with new running means, and the share of signal, 1 before the second step."""
+        one = torch.ones_like(before.age)
+        if not before.fresh:
+            return before, one
+        keep = self.shrinkage.decay
+        agreement = torch.lerp(_inner(gradients, before.fresh, one), before.agreement, keep)
+        power = torch.lerp(_inner(gradients, fresh, one), before.power, keep)
+        # Both are negative where steps go downhill.
+        share = torch.where(power < 0, agreement / power, one).clamp(0, 1)
+        return replace(before, agreement=agreement, power=power), share
+
+
+def within(proposal: Proposal, factor: Tensor) -> Proposal:
+    """A step whose natural part is shortened, and what it leaves to later ones with it.
+
+    Args:
+        proposal: a step with its motions.
+        factor: at most 1.
+
+    Returns:
+        The step.
+    """
+    changes, motions = dict(proposal.changes), {}
+    for role, motion in proposal.motions.items():
+        shorter = {name: factor.to(value) * value for name, value in motion.changes.items()}
+        changes.update(shorter)
+        motions[role] = replace(motion, changes=shorter)
+    scalars = {**proposal.scalars, "kl": factor**2 * proposal.scalars["kl"]}
+    return replace(proposal, changes=changes, motions=motions, scalars=scalars)
+
+
+def _inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """Σ of products over the parameters that both have."""
+    parts = [(first[name] * second[name]).sum().to(like) for name in first if name in second]
+    return torch.stack(parts).sum() if parts else torch.zeros_like(like)

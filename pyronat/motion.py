@@ -20,7 +20,8 @@ class Carry:
 
     Attributes:
         momentum: of both programs.
-        shrinkage: of the guide, whose gradient comes from few draws.
+        shrinkage: of the guide, whose gradient comes from few draws; not of its networks, whose
+            steps `steps.KLTrustRegion` keeps short.
     """
 
     momentum: Momentum
@@ -56,26 +57,25 @@ class Carry:
             fresh = {name: changes[name] for name in sorted(owned) if name in changes}
             if not fresh:
                 continue
-            shrinks = role == "guide" and self.shrinkage.active
             before = motions.get(role) or Motion({}, {}, zero, zero, zero)
-            before, share = self._share(before, fresh, gradients) if shrinks else (before, None)
-            factor = torch.ones_like(zero) if share is None else self.shrinkage.factor(share)
+            noisy = self._noisy(side, fresh)
+            if noisy:
+                before, scalars["signal"] = self._share(before, noisy, gradients)
+                factor = self.shrinkage.factor(scalars["signal"])
             slope = _inner(gradients, before.changes, zero)
             age = self.momentum.age(before.age, slope)
             decay = self.momentum.decay_at(age)
             for name, change in fresh.items():
-                changes[name] = factor.to(change) * change
+                changes[name] = factor.to(change) * change if name in noisy else change
                 if name in before.changes:
                     changes[name] = changes[name] + decay.to(change) * before.changes[name]
             found[role] = replace(
                 before,
                 changes={name: changes[name] for name in fresh},
-                fresh=fresh if shrinks else {},
+                fresh=noisy,
                 age=age + 1,
             )
             scalars["momentum"] = torch.maximum(scalars.get("momentum", zero), decay)
-            if share is not None:
-                scalars["signal"] = share
         moved = {name: changes[name] for motion in found.values() for name in motion.changes}
         scalars["kl"] = divergence(sides, moved, zero)
         return replace(proposal, changes=changes, scalars=scalars, motions=found)
@@ -84,6 +84,13 @@ class Carry:
     def is_none(self) -> bool:
         """Whether nothing is ever carried over."""
         return self.momentum.decay == 0 and not self.shrinkage.active
+
+    def _noisy(self, side: Side, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The part of a step that is shrunk: that of a guide, its networks left out."""
+        if side.role != "guide" or not self.shrinkage.active:
+            return {}
+        networks = {n for b in side.plan.blocks.values() if b.network for n in b.params}
+        return {name: change for name, change in fresh.items() if name not in networks}
 
     def _share(
         self, before: Motion, fresh: Mapping[str, Tensor], gradients: Mapping[str, Tensor]

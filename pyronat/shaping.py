@@ -91,5 +91,6 @@ def divergence(sides: Mapping[Role, Side], changes: Mapping[str, Tensor], like: 
                 if param not in changes
             }
             vector = side.plan.layouts[name].pack({**zeros, **changes} if zeros else changes)
+            vector = vector.to(side.solved[name].damping.dtype)
             total = total + 0.5 * (vector * operator.mv(vector)).sum().clamp_min(0).to(total)
     return total

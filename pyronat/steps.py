@@ -311,7 +311,7 @@ class KLTrustRegion:
     radius: float = math.inf
     network: float = 0.003
     guide: float = 1.0
-    model: float = math.inf
+    model: float = 0.03
 
     def factor(self, divergence: Tensor) -> Tensor:
         """Factor on the step, at most 1."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyronat import Full, NaturalGradient, NaturalSVI
-from pyronat.steps import ConstantDamping, KLTrustRegion, RunningAverage
+from pyronat.steps import ConstantDamping, KLTrustRegion, Momentum, RunningAverage
 
 Program = Callable[..., Any]
 
@@ -416,7 +416,7 @@ CONJUGATE: dict[str, Conjugate] = {
 def one_step(
     case: Conjugate, guide: Program | None = None, start: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], NaturalSVI]:
-    """Parameters after one natural step of length 1, without damping and averages."""
+    """Parameters after one natural step of length 1, without damping, averages and momentum."""
     for name, value in (case.start if start is None else start).items():
         pyro.param(name, value.clone())
     optim = NaturalGradient(
@@ -425,6 +425,7 @@ def one_step(
         damping=ConstantDamping(0.0),
         curvature=RunningAverage(decay=0.0, refresh=1),
         trust_region=KLTrustRegion(guide=math.inf),
+        momentum=Momentum(0.0),
     )
     loss = ExactELBO(lambda q: case.expected(q, case.data))
     svi = NaturalSVI(case.model, guide or case.guide, optim, loss)

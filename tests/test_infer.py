@@ -44,7 +44,7 @@ OPTIMIZERS: dict[str, Callable[[], NaturalGradient]] = {
         lr=0.05, guide_geometry=Euclidean(), others=pyro.optim.Adam({"lr": 0.01})
     ),
     "excluded": lambda: NaturalGradient(
-        lr=0.05, exclude=["W", "q.*"], others=pyro.optim.SGD({"lr": 1e-3, "momentum": 0.9})
+        lr=0.05, exclude=["W", "q.*"], others=pyro.optim.SGD({"lr": 1e-4, "momentum": 0.9})
     ),
 }
 by_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -83,7 +83,7 @@ def test_factors_follow_their_schedules() -> None:
     assert schedule.factor("b", 3) == 1.0
 
 
-FREE = KLTrustRegion(network=math.inf, guide=math.inf)
+FREE = KLTrustRegion(network=math.inf, guide=math.inf, model=math.inf)
 
 
 def two_locations(x: Tensor) -> None:

@@ -10,6 +10,7 @@ from pyronat.steps import (
     ConstantDamping,
     InverseTime,
     KLTrustRegion,
+    Momentum,
     RetainedShare,
     RunningAverage,
 )
@@ -63,5 +64,6 @@ def streaming(
         "damping": ConstantDamping(0.0, relative=1e-3),
         "trust_region": KLTrustRegion(0.5),
         "curvature": RunningAverage(decay=0.95, refresh=20),
+        "momentum": Momentum(0.0),
     }
     return NaturalGradient(**{**chosen, **options})

@@ -14,6 +14,7 @@ from pyronat.steps import (
     LevenbergMarquardt,
     Momentum,
     PerName,
+    RetainedShare,
     Schedule,
     Shrinkage,
 )
@@ -27,11 +28,13 @@ class Adaptation:
         search: judges each step by the loss that made it, or None.
         held_out: judges it by the next minibatch, or None.
         what: what is adapted, and by which rule.
+        geometry: of the model.
     """
 
     search: LevenbergMarquardt | None
     held_out: HeldOut | None
     what: str
+    geometry: Geometry
 
     @property
     def active(self) -> bool:
@@ -42,6 +45,25 @@ class Adaptation:
         """The state of the rule at the start."""
         rule = self.search or self.held_out
         return Caution() if rule is None else rule.start()
+
+    def mixing(self, caution: Caution, step: int) -> float | RetainedShare:
+        """ρ of the model's geometry at a step, or the rule for it by district.
+
+        Args:
+            caution: state of the rule.
+            step: number of the step.
+
+        Returns:
+            ρ or its rule; 1 for a geometry that mixes nothing.
+        """
+        if not isinstance(self.geometry, Visible):
+            return 1.0
+        mixing = self.geometry.mixing
+        if isinstance(mixing, (LevenbergMarquardt, HeldOut)):
+            return caution.value
+        if isinstance(mixing, RetainedShare):
+            return mixing
+        return float(mixing(step)) if callable(mixing) else float(mixing)
 
     def momentum(self, asked: Momentum | None) -> Momentum:
         """The momentum of steps, none by default where they are judged by their gain.
@@ -90,6 +112,7 @@ def adaptation(
     held_out = mixing if isinstance(mixing, HeldOut) else None
     rule = found[0] if found else held_out
     if rule is None:
-        return Adaptation(None, None, "no adaptive rule")
+        return Adaptation(None, None, "no adaptive rule", geometry)
     name = "damping" if rule is damping else "mixing"
-    return Adaptation(found[0] if found else None, held_out, f"{name} by {type(rule).__name__}")
+    search = found[0] if found else None
+    return Adaptation(search, held_out, f"{name} by {type(rule).__name__}", geometry)

@@ -168,14 +168,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
 
     def mixing(self, caution: Caution) -> float | RetainedShare:
         """ρ of the model's geometry at this step, or the rule for it by district."""
-        if not isinstance(self.geometry, Visible):
-            return 1.0
-        mixing = self.geometry.mixing
-        if isinstance(mixing, RetainedShare):
-            return mixing
-        if isinstance(mixing, (LevenbergMarquardt, HeldOut)):
-            return caution.value
-        return float(mixing(self.step_count)) if callable(mixing) else float(mixing)
+        return self.adaptation.mixing(caution, self.step_count)
 
     def step_length(self, caution: Caution) -> float:
         """Factor on natural gradients: the learning rate, or what an adaptive rule says."""

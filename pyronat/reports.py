@@ -34,7 +34,7 @@ class StepInfo:
         factor: on the whole step; less than 1 after steps were taken back.
         rejections: steps in a row whose loss, gradient or step was not finite, this one included.
         lr: learning rate.
-        kl: ½ lr² dᵀGd of the natural blocks in nats, summed over what the loss sums over.
+        kl: ½ ΔᵀGΔ of the step Δ of the natural blocks in nats, summed over what the loss sums over.
         grad_norm: Euclidean norm of the gradient of the natural blocks.
         natural_norm: √(gᵀ(G + λ)⁻¹g) of the natural blocks.
         cosine: of the angle between gradient and natural gradient.
@@ -49,6 +49,9 @@ class StepInfo:
         dream_ess: 10 %, 50 % and 90 % quantiles of the effective sample size of the particles of
             each dream at the last refresh, or None.
         refreshed: whether curvature was measured.
+        momentum: share β of the step before that this one carries on, see `steps.Momentum`; the
+            larger one of model and guide.
+        signal: share of signal in the guide's gradients, see `steps.Shrinkage`, or None.
         seconds: wall-clock time of the step, without callbacks.
     """
 
@@ -71,6 +74,8 @@ class StepInfo:
     ess: float | None
     dream_ess: tuple[float, float, float] | None
     refreshed: bool
+    momentum: float = 0.0
+    signal: float | None = None
     undone: int = 0
     seconds: float = math.nan
 
@@ -100,8 +105,9 @@ def describe(
     """
     names = ("kl", "grad_norm", "natural_norm", "cosine", "damping")
     values = [math.nan] * len(names)
-    if trial.proposal is not None:
-        values = torch.stack([trial.proposal.scalars[name] for name in names]).tolist()
+    scalars = {} if trial.proposal is None else trial.proposal.scalars
+    if scalars:
+        values = torch.stack([scalars[name] for name in names]).tolist()
     jitter = max(
         (block.factor.jitter for side in sides.values() for block in side.solved.values()),
         default=0.0,
@@ -124,6 +130,8 @@ def describe(
         ess=None if ess is None else float(ess),
         dream_ess=_quantiles(dream_ess),
         refreshed=refreshed,
+        momentum=float(scalars.get("momentum", 0.0)),
+        signal=float(scalars["signal"]) if "signal" in scalars else None,
         undone=0,
     )
 

@@ -25,7 +25,7 @@ from models.registry import programs
 from pyronat import Euclidean, Full, NaturalGradient, NaturalSVI, StepInfo, infer
 from pyronat.errors import Diverged, NonFiniteStep, PyronatError
 from pyronat.rejection import Rejection, Watch
-from pyronat.steps import ConstantDamping, LevenbergMarquardt, PolyakRuppert
+from pyronat.steps import ConstantDamping, KLTrustRegion, LevenbergMarquardt, PolyakRuppert
 from pyronat.tracing import data_count, records_of
 
 PROGRAMS = programs()
@@ -155,15 +155,15 @@ def jump(at: int, rate: float = 3000.0) -> Callable[[int], float]:
 FIRM = ConstantDamping(0.0, 0.05)
 """Damping that does not grow with the rate, and hides a long step."""
 
+FREE = KLTrustRegion(network=math.inf, guide=math.inf, model=math.inf)
+"""The bounds on steps per datum keep long ones harmless as well."""
+
 
 def jumping(at: int = 3, **options: Any) -> NaturalSVI:
-    from pyronat.steps import KLTrustRegion
-
-    free = KLTrustRegion(network=math.inf, guide=math.inf)
     return NaturalSVI(
         model,
         guide,
-        NaturalGradient(jump(at), damping=FIRM, trust_region=free, **options),
+        NaturalGradient(jump(at), damping=FIRM, trust_region=FREE, **options),
         Trace_ELBO(num_particles=3),
     )
 
@@ -275,7 +275,9 @@ def test_many_in_a_row_end_in_an_error_with_the_last_good_parameters(name: str) 
     svi = NaturalSVI(
         model,
         guide,
-        NaturalGradient(1e9, damping=FIRM, geometry=Full("posterior"), **OPTIONS[name]),
+        NaturalGradient(
+            1e9, damping=FIRM, geometry=Full("posterior"), trust_region=FREE, **OPTIONS[name]
+        ),
     )
     svi.evaluate_loss(X)
     before = parameters()
@@ -341,7 +343,7 @@ def test_parameters_that_start_anew_are_not_taken_back() -> None:
             loc = pyro.param("loc", lambda: torch.tensor(50.0))
             pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
-    svi = NaturalSVI(fresh_model, lambda x: None, NaturalGradient(lr=0.5))
+    svi = NaturalSVI(fresh_model, lambda x: None, NaturalGradient(lr=0.5, trust_region=FREE))
     for _ in range(30):
         svi.step(X[:, 0])
     assert abs(pyro.param("loc").item()) < 1
@@ -525,7 +527,7 @@ def test_without_the_rule_it_does(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            _, first, last = far_too_fast(name, 12, rejection=None)
+            _, first, last = far_too_fast(name, 12, rejection=None, trust_region=FREE)
         except (RuntimeError, ValueError):
             return
     assert not last < first + 10

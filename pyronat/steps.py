@@ -384,7 +384,7 @@ class Shrinkage:
         decay: weight of the past in the running means.
     """
 
-    gain: float = 4.0
+    gain: float = 10.0
     least: float = 0.1
     decay: float = 0.9
 

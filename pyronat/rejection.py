@@ -63,10 +63,10 @@ class Rejection:
     """
 
     rise: float = 1.0
-    deviations: float = 3.0
+    deviations: float = 6.0
     share: float = 0.5
     max_undone: int = 6
-    patience: int = 20
+    patience: int = 5
     decay: float = 0.9
     warm_up: int = 5
 

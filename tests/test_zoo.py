@@ -104,8 +104,7 @@ TABLE: dict[str, Row] = {
     "hmm": Row(200, 60, (6.518, 6.590), (6.518, 6.565), (6.518, 6.540)),
     # The visible geometry stays on a plateau for half of the seeds.
     "experts": Row(442, 150, (0.988, 1.015), (0.988, 0.990), (0.988, 1.120)),
-    # The full geometry is damped too much for tables of 87 states: see SLOW.
-    "lda": Row(10, 20, (30.5, 34.5), (30.5, 39.7), Refusal(NoGuideOnDreams, "topic")),
+    "lda": Row(10, 20, (30.5, 34.5), (30.5, 35.5), Refusal(NoGuideOnDreams, "topic")),
     # Exact posteriors as guides, or nothing hidden. Low ends: EM, or the known optimum.
     "factor analysis": Row(200, 60, (15.773, 16.20), (15.773, 15.785), (15.773, 15.780)),
     "ppca": Row(200, 50, (17.4076, 17.54), (17.4076, 17.4085)),
@@ -115,16 +114,16 @@ TABLE: dict[str, Row] = {
     # Wake–sleep on minibatches. Low ends: some seeds, and less; the entropy of the data is far.
     "helmholtz": Row(200, 80, (9.3, 10.6), (9.2, 9.55), (9.0, 9.40), batch=100),
     "bars": Row(200, 80, (4.6, 6.8), (3.0, 4.0), (2.7, 3.55), batch=100),
-    "kirby bars": Row(200, 80, (3.1, 4.0), (2.6, 3.4), (2.5, 3.25), batch=100),
-    "shifter": Row(200, 80, (3.7, 4.25), (3.5, 3.95), (2.85, 3.45), batch=100),
+    "kirby bars": Row(200, 80, (3.1, 4.0), (2.45, 3.2), (2.45, 3.25), batch=100),
+    "shifter": Row(200, 80, (3.7, 4.25), (2.85, 3.45), (2.85, 3.45), batch=100),
     # Guides. Low ends: the evidence, or some seeds, and less.
     "linear regression": Row(442, 60, (1.129, 1.75), (1.1295, 1.137), particles=20, judges=1000),
     # The default without a metric stands still from step 5 on, as the guide's scale has shrunk.
     "logistic regression": Row(
-        200, 60, (0.1475, 0.30), (0.1475, 0.16), particles=20, judges=1000, adam=0.03
+        200, 60, (0.1475, 0.30), (0.1475, 0.17), particles=20, judges=1000, adam=0.03
     ),
     "eight schools": Row(8, 100, (3.912, 3.99), (3.912, 3.97), particles=20, judges=1000),
-    "sparse gamma def": Row(50, 150, (175.0, 193.0), (165.0, 179.0), judges=10),
+    "sparse gamma def": Row(50, 150, (175.0, 193.0), (165.0, 196.0), judges=10),
     "vae": Row(200, 150, (24.0, 26.4), (17.0, 20.0), BLOCK, batch=100, judges=50),
     # So few steps reach the plateau of notes that do not depend on the code.
     "dmm": Row(60, 40, (60.0, 67.0), (50.0, 68.5), READS_DATA, batch=30, judges=20),
@@ -138,9 +137,6 @@ TABLE: dict[str, Row] = {
     "alarm": Row(200, 20, (13.67, 15.2), (13.67, 14.1), (13.67, 14.1)),
     "insurance": Row(200, 20, (17.88, 18.75), (17.88, 18.35), (17.88, 18.35)),
 }
-SLOW = {("lda", "full")}
-"""Trainings that are stable but far from done: 4 · lr · leverage / surprise of `LeverageDamping` is
-some ten times the Fisher information of a table with many states."""
 CASES = [
     (name, geometry)
     for name, row in TABLE.items()
@@ -271,7 +267,7 @@ def test_training_ends_in_its_window(name: str, geometry: str) -> None:
     assert low <= training.end <= high
     # The window tells a training from none, and from a bad one.
     way = (training.start - high) / (training.start - low)
-    assert (way < LEAST_WAY) == ((name, geometry) in SLOW)
+    assert way >= LEAST_WAY
     noise = 0.01 if TABLE[name].judges else 1e-9
     for known in (training.trainable.optimum, training.trainable.bound):
         if known is not None:
@@ -279,7 +275,7 @@ def test_training_ends_in_its_window(name: str, geometry: str) -> None:
 
 
 LEAST_WAY = 0.3
-"""Share of the way from the start to the low end that every training but the slow ones makes."""
+"""Share of the way from the start to the low end that every training makes."""
 
 
 # --- referees ----------------------------------------------------------------------------------

@@ -1,0 +1,269 @@
+"""What steps carry over: momentum and its restarts, and the share of signal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import X, guide, model
+from states import parameters, same
+from torch import Tensor
+
+from pyronat import Euclidean, Full, NaturalGradient, NaturalSVI, Visible
+from pyronat.steps import (
+    ConstantDamping,
+    HeldOut,
+    KLTrustRegion,
+    LevenbergMarquardt,
+    Momentum,
+    RunningAverage,
+    Shrinkage,
+)
+
+FREE = KLTrustRegion(network=math.inf, guide=math.inf, model=math.inf)
+STILL = RunningAverage(0.0, 1)
+NO_SHRINKAGE = Shrinkage(least=1.0)
+
+
+# --- the rules ---------------------------------------------------------------------------------
+
+
+def test_momentum_grows_with_the_steps_since_a_restart() -> None:
+    rule = Momentum(decay=0.5)
+    age = torch.tensor(0.0)
+    decays = []
+    for slope in (-1.0, -1.0, -1.0, -1.0, 0.1, -1.0):
+        age = rule.age(age, torch.tensor(slope))
+        decays.append(rule.decay_at(age).item())
+        age = age + 1
+    assert decays == pytest.approx([0, 1 / 4, 2 / 5, 1 / 2, 0, 1 / 4])
+
+
+def test_without_restarts_it_is_constant() -> None:
+    rule = Momentum(decay=0.9, restarts=False)
+    age = rule.age(torch.tensor(3.0), torch.tensor(1.0))
+    assert age.item() == 3
+    assert rule.decay_at(age).item() == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("share", "factor"), [(0.0, 0.1**0.5), (0.01, 0.1**0.5), (0.04, 0.4**0.5), (0.5, 1.0)]
+)
+def test_shrinkage_is_the_root_of_the_share(share: float, factor: float) -> None:
+    rule = Shrinkage(gain=10.0, least=0.1)
+    assert rule.factor(torch.tensor(share)).item() == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Momentum(1.0),
+        lambda: Momentum(-0.1),
+        lambda: Shrinkage(gain=0.0),
+        lambda: Shrinkage(least=0.0),
+        lambda: Shrinkage(decay=1.0),
+    ],
+)
+def test_options_out_of_range_are_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        make()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"damping": LevenbergMarquardt()},
+        {"geometry": Visible(LevenbergMarquardt())},
+        {"geometry": Visible(HeldOut())},
+    ],
+    ids=str,
+)
+def test_rules_that_judge_steps_take_them_without_momentum(options: dict[str, Any]) -> None:
+    assert NaturalGradient(**options).carry.is_none
+    with pytest.raises(ValueError, match="without momentum"):
+        NaturalGradient(momentum=Momentum(), **options)
+
+
+# --- in training -------------------------------------------------------------------------------
+
+WIDTHS = torch.tensor([1.0, 0.05], dtype=torch.float64)
+
+
+def slow(x: Tensor) -> None:
+    """A mean in two directions, one of which the metric takes for 20 times as well known."""
+    loc = pyro.param("loc", torch.tensor([3.0, 3.0]))
+    with pyro.plate("data", len(x)), pyro.plate("side", 2):
+        pyro.sample("x", dist.Normal(loc.unsqueeze(-1), 1.0), obs=x.T)
+    pyro.factor("rest", (0.5 * (1 - WIDTHS) * loc.square()).sum() * len(x))
+
+
+def no_guide(*args: Any) -> None:
+    pass
+
+
+def trained(steps: int, **options: Any) -> tuple[Tensor, NaturalSVI]:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    optim = NaturalGradient(
+        0.5,
+        geometry=Full("posterior"),
+        damping=ConstantDamping(0.0),
+        trust_region=FREE,
+        curvature=STILL,
+        rejection=None,
+        **options,
+    )
+    svi = NaturalSVI(slow, no_guide, optim)
+    for _ in range(steps):
+        svi.step(torch.zeros(8, 2))
+    return pyro.param("loc").detach().clone(), svi
+
+
+def test_steps_are_those_of_the_heavy_ball() -> None:
+    """loss = N Σ w_i loc_i² / 2 with metric N: d_i = w_i loc_i, restarts by gᵀΔ."""
+    loc, change, age = torch.tensor([3.0, 3.0]), torch.zeros(2), 0
+    restarts = 0
+    for steps in range(1, 40):
+        direction = WIDTHS * loc
+        if float((direction * change).sum()) > 0:
+            age, restarts = 0, restarts + 1
+        change = min(age / (age + 3), 0.95) * change - 0.5 * direction
+        loc, age = loc + change, age + 1
+        if steps in (1, 2, 5, 39):
+            assert torch.allclose(trained(steps)[0], loc, rtol=1e-9, atol=1e-12)
+    assert restarts > 0
+
+
+def test_momentum_is_faster_where_the_metric_makes_steps_short() -> None:
+    """And the negative control: without it the error is that of the slow direction alone."""
+    with_it, _ = trained(40)
+    without, _ = trained(40, momentum=Momentum(0.0))
+    assert without[1].item() == pytest.approx(3 * (1 - 0.5 * 0.05) ** 40)
+    assert with_it.abs().max() < 0.2 * without[1]
+
+
+def test_the_divergence_is_that_of_the_whole_step() -> None:
+    before, _ = trained(5)
+    after, svi = trained(6)
+    assert svi.info is not None and svi.info.momentum > 0
+    assert svi.info.kl == pytest.approx(float(0.5 * 8 * (after - before).square().sum()))
+
+
+def test_the_radius_bounds_the_whole_step_and_what_it_carries_on() -> None:
+    trust_region = KLTrustRegion(0.01, math.inf, math.inf, math.inf)
+    pyro.clear_param_store()
+    optim = NaturalGradient(
+        0.5, Full("posterior"), damping=ConstantDamping(0.0), trust_region=trust_region
+    )
+    svi = NaturalSVI(slow, no_guide, optim)
+    for _ in range(6):
+        before = pyro.get_param_store().get_state()["params"].get("loc")
+        before = None if before is None else before.detach().clone()
+        svi.step(torch.zeros(8, 2))
+        assert svi.info is not None
+        assert svi.info.kl == pytest.approx(0.01)
+        if before is not None:
+            moved = (pyro.param("loc").detach() - before).square().sum()
+            assert 0.5 * 8 * float(moved) == pytest.approx(0.01)
+    assert svi.info is not None and svi.info.momentum > 0
+
+
+def wide(x: Tensor) -> None:
+    """A posterior whose natural gradient is nearly all noise once the guide is there."""
+    with pyro.plate("side", 20):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def wide_guide(x: Tensor) -> None:
+    with pyro.plate("side", 20):
+        loc = pyro.param("loc", torch.full((20,), 40.0))
+        scale = pyro.param("scale", torch.ones(20), constraint=dist.constraints.positive)
+        pyro.sample("z", dist.Normal(loc, scale))
+
+
+def test_the_share_of_signal_falls_and_steps_with_it() -> None:
+    """Far from the posterior nearly all is signal, at it nearly nothing; z below 4 there."""
+
+    def ends(**options: Any) -> tuple[list[float], float]:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        optim = NaturalGradient(0.5, trust_region=FREE, momentum=Momentum(0.0), **options)
+        svi = NaturalSVI(wide, wide_guide, optim)
+        shares, error = [], 0.0
+        for step in range(120):
+            svi.step(torch.zeros(20))
+            assert svi.info is not None
+            shares.append(math.nan if svi.info.signal is None else svi.info.signal)
+            if step >= 60:
+                error += float(pyro.param("loc").detach().square().mean()) / 60
+        return shares, error
+
+    shares, error = ends()
+    assert min(shares[:3]) > 0.5
+    assert sum(shares[60:]) / 60 < 0.15
+    plain, wider = ends(shrinkage=NO_SHRINKAGE)
+    assert all(map(math.isnan, plain))
+    # The variance of where steps wander is that of their length.
+    assert error < 0.7 * wider
+
+
+def test_networks_of_a_guide_and_models_are_not_shrunk() -> None:
+    svi = NaturalSVI(model, guide, NaturalGradient(0.05, guide_geometry=Euclidean()))
+    for _ in range(3):
+        svi.step(X)
+    assert svi.info is not None and svi.info.signal is None
+
+
+def test_a_trial_that_fails_leaves_no_momentum() -> None:
+    """A step that is not finite changes nothing, and the next one goes on as if it had not been."""
+
+    def run(bad: bool) -> dict[str, Tensor]:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = NaturalSVI(model, guide, NaturalGradient(0.05))
+        for step in range(6):
+            if step == 4 and bad:
+                state = torch.get_rng_state()
+                with pytest.raises(Exception, match="NaN"):
+                    svi.step(X * math.nan)
+                torch.set_rng_state(state)
+            svi.step(X)
+        return parameters()
+
+    assert same(run(True), run(False))
+
+
+def test_momentum_is_in_checkpoints() -> None:
+    """Resumed from a state with momentum, and from one whose momentum is forgotten."""
+
+    def resumed(forget: bool) -> dict[str, Tensor]:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = NaturalSVI(model, guide, NaturalGradient(0.05))
+        for _ in range(4):
+            svi.step(X)
+        state = svi.optim.get_state()
+        assert {"model", "guide"} == set(state["motions"])
+        if forget:
+            state["motions"] = {}
+        fresh = NaturalSVI(model, guide, NaturalGradient(0.05))
+        fresh.optim.set_state(state)
+        for _ in range(3):
+            fresh.step(X)
+        return parameters()
+
+    def straight() -> dict[str, Tensor]:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = NaturalSVI(model, guide, NaturalGradient(0.05))
+        for _ in range(7):
+            svi.step(X)
+        return parameters()
+
+    assert same(resumed(False), straight())
+    assert not same(resumed(True), straight())

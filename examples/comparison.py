@@ -1,12 +1,13 @@
 """What the examples share that compare Adam with natural gradients."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import pyro
 import torch
 from pyro.infer import ELBO, SVI
 from torch import Tensor
+from torch.optim import Optimizer
 
 import pyronat
 from pyronat.steps import LinearDecay
@@ -36,8 +37,39 @@ def batches(data: Data, batch_size: int | None, seed: int) -> Iterator[Data]:
                 yield tuple(value[index] for value in data)
 
 
-def adam(model: Any, guide: Any, loss: ELBO, rate: float, steps: int) -> Step:
+def adam(
+    model: Any,
+    guide: Any,
+    loss: ELBO,
+    rate: float,
+    steps: int,
+    guide_rate: float | None = None,
+    guide_params: Set[str] = frozenset(),
+) -> Step:
     """Stock `SVI` with Adam, whose rate decays linearly.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        loss: The loss.
+        rate: The rate at the first step.
+        steps: Steps over which it decays.
+        guide_rate: That of the guide's parameters, or None for the same.
+        guide_params: Names of the guide's parameters.
+
+    Returns:
+        Function that takes a step.
+    """
+
+    def options(name: str) -> dict[str, float]:
+        own = guide_rate is not None and name in guide_params
+        return {"lr": guide_rate if own else rate}
+
+    return _stock(model, guide, loss, torch.optim.Adam, options, steps)
+
+
+def descent(model: Any, guide: Any, loss: ELBO, rate: float, steps: int) -> Step:
+    """Stock `SVI` with plain gradient descent, whose rate decays linearly.
 
     Args:
         model: The model.
@@ -49,9 +81,15 @@ def adam(model: Any, guide: Any, loss: ELBO, rate: float, steps: int) -> Step:
     Returns:
         Function that takes a step.
     """
+    return _stock(model, guide, loss, torch.optim.SGD, {"lr": rate}, steps)
+
+
+def _stock(
+    model: Any, guide: Any, loss: ELBO, optimizer: type[Optimizer], options: Any, steps: int
+) -> Step:
     optim = pyro.optim.LambdaLR({
-        "optimizer": torch.optim.Adam,
-        "optim_args": {"lr": rate},
+        "optimizer": optimizer,
+        "optim_args": options,
         "lr_lambda": LinearDecay(1.0, steps),
     })
     svi = SVI(model, guide, optim, loss)

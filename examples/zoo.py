@@ -3,17 +3,21 @@
 Each program of `models.registry` is trained by
 
 * Adam: stock `SVI`, the best by its final loss of five rates that decay linearly;
+* Adam, two rates: the same with a fifth or five times the rate for the guide, where model and guide
+  both have parameters, the best of the ten;
+* descent: plain gradient descent, the best of five rates per datum;
 * natural: `NaturalSVI` with its defaults, and a rate that decays linearly from 0.5;
 * visible: the same with the visible geometry, where there are hidden variables;
 * EM, where the program has a step of it.
 
-All start at the same parameters. Adam and the natural gradients have the same loss, batches and
-number of steps. They are judged by the exact negative log likelihood of the training data per datum
-where it is known, else by the negative ELBO per datum, with many particles and a fixed seed. The
-optimum is the exact one, where mathematics gives it, or for each seed the lower of the limit of EM
-and of the best loss that any method has found. What counts is when 99 % of the way from the start
-to the optimum is done, in steps and in seconds of processor time. These are those of the steps
-alone, the analysis of the program in the first one included; evaluations are not.
+All start at the same parameters. All but EM have the same loss, batches and number of steps. They
+are judged by the exact negative log likelihood of the training data per datum where it is known,
+else by the negative ELBO per datum, with many particles and a fixed seed. The optimum is the exact
+one, where mathematics gives it, or for each seed the lower of the limit of EM and of the best loss
+that any method has found. What counts is when 99 % of the way from the start to the optimum is
+done, in steps and in seconds of processor time, and where the same number of steps ends. Seconds
+are those of the steps alone, the analysis of the program in the first one included; evaluations are
+not.
 
 EM's final loss is that after as many steps as the others have, but it goes on to its limit, and may
 reach the mark later than they can.
@@ -49,16 +53,39 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pyronat
-from examples.comparison import Data, Step, adam, batches, markdown, natural, negative_elbo
+from examples.comparison import (
+    Data,
+    Step,
+    adam,
+    batches,
+    descent,
+    markdown,
+    natural,
+    negative_elbo,
+)
 from models.registry import Program, Trainable, programs
 
-ADAM, NATURAL, VISIBLE, EM = METHODS = ("Adam", "natural", "visible", "EM")
+ADAM, TWO_RATES, DESCENT, NATURAL, VISIBLE, EM = METHODS = (
+    "Adam",
+    "Adam, two rates",
+    "descent",
+    "natural",
+    "visible",
+    "EM",
+)
+TUNED = (ADAM, TWO_RATES, DESCENT)
+"""Methods whose rate is the one of several that ends best."""
 ADAM_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+DESCENT_FACTOR = 10
+"""Rates per datum of gradient descent, in units of Adam's."""
+GUIDE_FACTORS = (0.2, 5.0)
 NATURAL_RATE = 0.5
 MARK = 0.01
 """Share of the way from the start to the optimum that is left where a run is called done."""
 SAME = 0.001
 """Share of that way below which two losses are called the same."""
+DIVERGED = 100.0
+"""Nats per datum above the start at which a run is ended: estimates mean nothing there."""
 EM_GAIN = 1e-9
 """Gain in an iteration, as a share of the loss, at which EM has converged."""
 LOSS_PARTICLES, SLEEP_PARTICLES = 5, 10
@@ -144,11 +171,13 @@ class Method:
 
     Attributes:
         name: Name in the table.
-        rate: The rate at the first step; None for EM.
+        rate: The rate at the first step, per datum for gradient descent; None for EM.
+        guide_rate: That of the guide, or None for the same.
     """
 
     name: str
     rate: float | None = None
+    guide_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -158,13 +187,14 @@ class Run:
     Attributes:
         program: Name of the program.
         method: Name of the method.
-        rate: The rate at the first step; None for EM.
+        rate: The rate at the first step, per datum for gradient descent; None for EM.
         seed: Seed of the run.
         steps: Steps at each evaluation, the first of which is at the start.
         seconds: Processor time until then, evaluations left out.
         values: Loss per datum in nats.
         final: Loss after the steps that all methods have, or None after an error.
         error: The error that ended the run, or None.
+        guide_rate: The rate of the guide, or None for the same.
     """
 
     program: str
@@ -176,6 +206,7 @@ class Run:
     values: list[float]
     final: float | None = None
     error: str | None = None
+    guide_rate: float | None = None
 
     def record(self, step: int, seconds: float, value: float) -> None:
         """Adds an evaluation.
@@ -186,9 +217,9 @@ class Run:
             value: Loss per datum.
 
         Raises:
-            ArithmeticError: If the loss is not finite.
+            ArithmeticError: If the loss is not finite, or far above that of the start.
         """
-        if not math.isfinite(value):
+        if not math.isfinite(value) or (self.values and value > self.values[0] + DIVERGED):
             raise ArithmeticError(f"loss {value} at step {step}")
         self.steps.append(step)
         self.seconds.append(seconds)
@@ -270,32 +301,57 @@ def marks(steps: int) -> list[int]:
 
 
 def stepper(
-    program: Program, method: Method, trainable: Trainable, guided: bool, steps: int
+    program: Program, method: Method, trainable: Trainable, guided: bool, data: Data, steps: int
 ) -> Step:
-    """Prepares Adam or a natural gradient.
+    """Prepares any method but EM.
 
     Args:
         program: The program.
         method: The method.
         trainable: The program, made.
         guided: Whether its guide has hidden variables.
+        data: All data.
         steps: Steps over which the rate decays.
 
     Returns:
         Function that takes a step on a batch.
     """
-    prepare: Callable[..., Step] = adam if method.name == ADAM else natural
+    prepare: Callable[..., Step] = adam if method.name in {ADAM, TWO_RATES} else natural
     options: dict[str, Any] = {}
+    rate = method.rate
+    if method.name == DESCENT:
+        assert rate is not None
+        prepare, rate = descent, rate / (program.batch_size or len(data[0]))
+    if method.name == TWO_RATES:
+        options = {"guide_rate": method.guide_rate, "guide_params": params_of(trainable, *data)[1]}
     if method.name == NATURAL:
         options["geometry"] = pyronat.Full()
     if method.name == VISIBLE:
         options["geometry"] = pyronat.Visible(posterior="guide" if guided else "enumerate")
     loss = make_loss(program)
-    return prepare(trainable.model, trainable.guide, loss, method.rate, steps, **options)
+    return prepare(trainable.model, trainable.guide, loss, rate, steps, **options)
+
+
+def params_of(trainable: Trainable, *data: Tensor) -> tuple[set[str], set[str]]:
+    """Names of the parameters of a program whose parameters are in the store.
+
+    Args:
+        trainable: The program, made.
+        *data: Its data.
+
+    Returns:
+        Those of the model, and those of the guide alone.
+    """
+    with torch.no_grad(), poutine.trace(param_only=True) as of_guide:
+        trace = poutine.trace(trainable.guide).get_trace(*data)
+    with torch.no_grad(), poutine.trace(param_only=True) as of_model:
+        poutine.replay(trainable.model, trace=trace)(*data)
+    model = set(of_model.trace.param_nodes)
+    return model, set(of_guide.trace.param_nodes) - model
 
 
 def train(program: Program, method: Method, data: Data, seed: int, steps: int) -> Run:
-    """Trains once by Adam or a natural gradient.
+    """Trains once by any method but EM.
 
     Args:
         program: The program.
@@ -308,12 +364,14 @@ def train(program: Program, method: Method, data: Data, seed: int, steps: int) -
         The run, which ends early with an error of the program or of the optimizer.
     """
     trainable, guided = start(program, data, seed)
-    run = Run(program.name, method.name, method.rate, seed, [], [], [])
+    run = Run(
+        program.name, method.name, method.rate, seed, [], [], [], guide_rate=method.guide_rate
+    )
     run.record(0, 0.0, judge(program, trainable, data))
     stream = batches(data, program.batch_size, seed)
     due, seconds, done = set(marks(steps)), 0.0, 0
     try:
-        step = stepper(program, method, trainable, guided, steps)
+        step = stepper(program, method, trainable, guided, data, steps)
         for count in range(1, steps + 1):
             batch, begin = next(stream), time.process_time()
             step(batch)
@@ -384,10 +442,19 @@ def compare(program: Program, settings: Settings, data: Data, bar: tqdm) -> list
         All runs.
     """
     plan = settings.plan(program)
-    methods = [Method(ADAM, rate) for rate in settings.rates] + [Method(NATURAL, NATURAL_RATE)]
+    methods = [Method(ADAM, rate) for rate in settings.rates]
+    trainable, _ = start(program, data, 0)
+    if all(params_of(trainable, *data)):
+        methods += [
+            Method(TWO_RATES, rate, factor * rate)
+            for rate in settings.rates
+            for factor in GUIDE_FACTORS
+        ]
+    methods += [Method(DESCENT, DESCENT_FACTOR * rate) for rate in settings.rates]
+    methods.append(Method(NATURAL, NATURAL_RATE))
     if program.hidden:
         methods.append(Method(VISIBLE, NATURAL_RATE))
-    if program.make(0).em_step is not None:
+    if trainable.em_step is not None:
         methods.append(Method(EM))
     runs = []
     for method in methods:
@@ -446,6 +513,7 @@ class Summary:
     Attributes:
         method: Name of the method.
         rate: The rate at the first step.
+        guide_rate: That of the guide, or None for the same.
         seeds: Number of runs.
         final: Mean final loss of those that ended well; infinite without any.
         steps: Median of the steps to the mark, where failed runs take infinitely many.
@@ -455,6 +523,7 @@ class Summary:
 
     method: str
     rate: float | None
+    guide_rate: float | None
     seeds: int
     final: float
     steps: float
@@ -501,31 +570,34 @@ def find_referee(program: Program, data: Data, runs: Sequence[Run], most: int) -
 
 
 def summarize(runs: Sequence[Run], referee: Referee) -> list[Summary]:
-    """Puts the seeds of each method together, with Adam at the rate that ends best.
+    """Puts the seeds of each method together, with Adam and descent at the rates that end best.
 
     Args:
         runs: All runs of a program.
         referee: Its referee.
 
     Returns:
-        One summary for each method, Adam's first.
+        One summary for each method, the tuned ones first.
     """
-    groups: dict[tuple[str, float | None], list[Run]] = {}
+    groups: dict[tuple[str, float | None, float | None], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.method, run.rate), []).append(run)
+        groups.setdefault((run.method, run.rate, run.guide_rate), []).append(run)
     found = [
         Summary(
-            method,
-            rate,
+            *key,
             len(group),
             statistics.fmean(finals) if (finals := _finals(group)) else math.inf,
             *(statistics.median(column) for column in zip(*map(referee.reach, group), strict=True)),
             tuple(run.error for run in group if run.error is not None),
         )
-        for (method, rate), group in groups.items()
+        for key, group in groups.items()
     ]
-    best = min((s for s in found if s.method == ADAM), key=lambda s: (not s.works, s.final))
-    return [best, *(summary for summary in found if summary.method != ADAM)]
+    best = [
+        min((s for s in found if s.method == method), key=lambda s: (not s.works, s.final))
+        for method in TUNED
+        if any(s.method == method for s in found)
+    ]
+    return [*best, *(summary for summary in found if summary.method not in TUNED)]
 
 
 def _finals(group: Sequence[Run]) -> list[float]:
@@ -546,7 +618,7 @@ def verdict(summaries: Sequence[Summary], referee: Referee) -> str:
         The words.
     """
     naturals = [s for s in summaries if s.method in {NATURAL, VISIBLE} and s.works]
-    rivals = [s for s in summaries if s.method in {ADAM, EM} and s.works]
+    rivals = [s for s in summaries if s.method in {*TUNED, EM} and s.works]
     slack = SAME * referee.gap
     if not naturals:
         return "**no**: every natural gradient is refused or fails"
@@ -618,7 +690,9 @@ def cell(summary: Summary | None) -> str:
         return f"{count} of {summary.seeds} fail: {first}"
     reached = math.isfinite(summary.steps)
     effort = f"{summary.steps:.0f} · {summary.seconds:.3g} s" if reached else "–"
-    rate = f" (rate {summary.rate:g})" if summary.method == ADAM else ""
+    rate = f" (rate {summary.rate:g})" if summary.method in TUNED else ""
+    if summary.guide_rate is not None:
+        rate = f" (rates {summary.rate:g}, {summary.guide_rate:g})"
     return f"{summary.final:.4f} · {effort}{rate}"
 
 
@@ -631,7 +705,17 @@ def table(entries: Sequence[Entry]) -> str:
     Returns:
         The table, one line per program.
     """
-    rows = [("program", "data, steps, seeds", "start", "optimum", *METHODS, "does it help?")]
+    rows = [
+        (
+            "program",
+            "data, steps, seeds",
+            "start",
+            "optimum",
+            *METHODS,
+            "at equal steps",
+            "does it help?",
+        )
+    ]
     for entry in entries:
         plan, referee = entry.plan, entry.referee
         optimum = f"{statistics.fmean(referee.optima):.4f} {referee.kind}"
@@ -644,16 +728,49 @@ def table(entries: Sequence[Entry]) -> str:
             f"{statistics.fmean(referee.starts):.4f}",
             optimum,
             *(cell(found.get(method)) for method in METHODS),
+            ending(entry.summaries, referee)[0],
             verdict(entry.summaries, referee),
         ))
-    return f"{markdown(rows)}\n\n{CAPTION}"
+    return f"{markdown(rows)}\n\n{CAPTION}\n\n{tally(entries)}"
+
+
+def ending(summaries: Sequence[Summary], referee: Referee) -> tuple[str, float]:
+    """How the natural gradient with its defaults ends, against the best of the tuned methods.
+
+    Args:
+        summaries: The methods of a program.
+        referee: Its referee.
+
+    Returns:
+        "lower", "equal" or "higher", and by which share of the loss it ends higher.
+    """
+    own = next(s for s in summaries if s.method == NATURAL)
+    rivals = [s.final for s in summaries if s.method in TUNED and s.works]
+    if not own.works or not rivals:
+        return ("fails" if not own.works else "lower"), (math.inf if not own.works else -math.inf)
+    best = min(rivals)
+    excess = (own.final - best) / abs(best)
+    if abs(own.final - best) <= SAME * referee.gap:
+        return "equal", excess
+    return ("lower" if own.final < best else f"higher by {excess:.2%}"), excess
+
+
+def tally(entries: Sequence[Entry]) -> str:
+    """On how many programs the natural gradient ends no higher, and how much higher elsewhere."""
+    found = [ending(entry.summaries, entry.referee) for entry in entries]
+    good = sum(word in {"lower", "equal"} for word, _ in found)
+    worst = max(excess for _, excess in found)
+    return (
+        f"At equal steps the natural gradient ends as low as the best tuned method, or lower, on "
+        f"{good} of {len(found)} programs; at worst {max(worst, 0.0):.2%} higher."
+    )
 
 
 CAPTION = (
     "Losses: negative log likelihood of the training data per datum in nats, with †: negative "
     "ELBO; means over seeds. A method's cell: final loss · steps · seconds of one core until "
     f"{MARK:.0%} of the way from start to optimum is left, medians over seeds, – if that is not "
-    "reached. **no**: Adam or EM gets there in fewer steps and fewer seconds, or ends lower by "
+    "reached. **no**: another method gets there in fewer steps and seconds, or ends lower by "
     f"more than {SAME:.1%} of the way."
 )
 
@@ -719,9 +836,9 @@ def plot_curves(entries: Sequence[Entry], path: Path) -> None:
     figure = Figure(figsize=(3 * columns, 2.4 * rows + 0.4), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, entry in zip(panels, entries, strict=False):
-        rates = {summary.method: summary.rate for summary in entry.summaries}
+        rates = {s.method: (s.rate, s.guide_rate) for s in entry.summaries}
         for run in entry.runs:
-            if run.rate != rates[run.method]:
+            if (run.rate, run.guide_rate) != rates[run.method]:
                 continue
             color = f"C{METHODS.index(run.method)}"
             left = [max(share, 1e-5) for share in entry.referee.left(run)]

@@ -85,7 +85,8 @@ MARK = 0.01
 SAME = 0.001
 """Share of that way below which two losses are called the same."""
 DIVERGED = 100.0
-"""Nats per datum above the start at which a run is ended: estimates mean nothing there."""
+"""How far above the start, in units of it and at least of 1 nat per datum, a run is ended, as
+estimates mean nothing there."""
 EM_GAIN = 1e-9
 """Gain in an iteration, as a share of the loss, at which EM has converged."""
 LOSS_PARTICLES, SLEEP_PARTICLES = 5, 10
@@ -219,7 +220,8 @@ class Run:
         Raises:
             ArithmeticError: If the loss is not finite, or far above that of the start.
         """
-        if not math.isfinite(value) or (self.values and value > self.values[0] + DIVERGED):
+        start = self.values[0] if self.values else value
+        if not math.isfinite(value) or value > start + DIVERGED * max(1.0, abs(start)):
             raise ArithmeticError(f"loss {value} at step {step}")
         self.steps.append(step)
         self.seconds.append(seconds)

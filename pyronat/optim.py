@@ -381,16 +381,15 @@ class NaturalGradient(pyro.optim.PyroOptim):
         """
         if self.carry.is_none:
             return proposal
-        motions = {} if self.watch.undone else self._motions
-        proposal = self.carry(proposal, sides, gradients, motions)
-        return within(proposal, self.trust_region.factor(proposal.scalars["kl"]))
+        before = {} if self.watch.undone else self._motions
+        carried = self.carry(proposal, sides, gradients, before)
+        return within(carried, self.trust_region.factor(carried.scalars["kl"]))
 
     def shrink(self, gradients: Mapping[str, Tensor]) -> None:
         """Scales gradients without a metric in place, where their norm exceeds its bound."""
-        if math.isinf(self.clip.euclidean):
-            return
-        kinds = self.assignment(list(gradients))
-        self.clip.shrink({n: g for n, g in gradients.items() if kinds[n] != "natural"})
+        if math.isfinite(self.clip.euclidean):
+            kinds = self.assignment(list(gradients))
+            self.clip.shrink({n: g for n, g in gradients.items() if kinds[n] != "natural"})
 
     def watched(self, proposal: Proposal, params: Mapping[str, Tensor]) -> Unjudged | None:
         """What the next batch needs to judge a step of the model, if a rule asks for it."""
@@ -485,6 +484,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         sides = self._planner.restored(self.sides, state["sides"])
         self.step_count, self.seed = state["step_count"], state["seed"]
         self.sides = sides
+        self._settle()
         self.take(state)
 
     def save(self, filename: str) -> None:

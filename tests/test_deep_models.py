@@ -21,7 +21,14 @@ from models.dmm import DMM
 from models.eight_schools import EightSchools
 from models.sparse_gamma_def import SparseGammaDEF
 from models.vae import VAE
-from pyronat.steps import ConstantDamping, KLTrustRegion, LinearDecay, RunningAverage
+from pyronat.steps import (
+    ConstantDamping,
+    KLTrustRegion,
+    LinearDecay,
+    Momentum,
+    RunningAverage,
+    Shrinkage,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -459,6 +466,8 @@ def gap_after(steps: int, seed: int, rate: float | None) -> float:
             damping=ConstantDamping(0.0, 1e-3),
             trust_region=KLTrustRegion(guide=5.0),
             curvature=RunningAverage(decay=0.0, refresh=1),
+            momentum=Momentum(0.0),
+            shrinkage=Shrinkage(least=1.0),
         )
         svi = pyronat.NaturalSVI(net.model, guide, optim, loss)
         for _ in range(steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -486,7 +487,8 @@ def test_a_step_out_of_the_domain_of_a_distribution_says_how_to_bound_it() -> No
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(0.0, positive("scale", torch.tensor(1.0))), obs=x)
 
-    optim = NaturalGradient(1e6, damping=ConstantDamping(0.0), rejection=None)
+    free = KLTrustRegion(model=math.inf)
+    optim = NaturalGradient(1e6, damping=ConstantDamping(0.0), trust_region=free, rejection=None)
     svi = NaturalSVI(model, lambda x: None, optim)
     svi.step(randn(1, 9))
     assert svi.info.accepted
@@ -650,7 +652,7 @@ def test_a_leaf_with_two_names_takes_one_step(names: int) -> None:
         lr=1.0,
         geometry=Full("posterior"),
         damping=ConstantDamping(0.0),
-        trust_region=KLTrustRegion(1e9),
+        trust_region=KLTrustRegion(1e9, model=math.inf),
         others=pyro.optim.SGD({"lr": 0.1}),
     )
     svi = NaturalSVI(model, lambda x: None, optim)

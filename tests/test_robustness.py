@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pyro
@@ -11,8 +13,10 @@ import pytest
 import torch
 from torch.distributions import constraints
 
+import pyronat
 from examples.benchmarks import robustness
 from pyronat import NaturalSVI
+from pyronat.steps import KLTrustRegion
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +54,19 @@ def test_every_training_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "| vae | visible | 0 | 2 | 0 | 0 | 0 | 0 | 0 | 0 |" in capsys.readouterr().out
 
 
-def test_rates_that_are_too_large_are_taken_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bounded", [True, False])
+def test_rates_that_are_too_large_are_bounded_or_taken_back(
+    bounded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not bounded:
+        free = KLTrustRegion(model=math.inf)
+        optimizer = partial(pyronat.NaturalGradient, trust_region=free)
+        monkeypatch.setattr(pyronat, "NaturalGradient", optimizer)
     status, report = run(
         tmp_path / "report.json", "--programs", "factor analysis", "--rate-factor", "500"
     )
     assert status == 0
-    assert all(r["undone"] for r in report["runs"])
+    assert all(bool(r["undone"]) != bounded for r in report["runs"])
 
 
 @pytest.mark.parametrize("what", ["crashed", "broken"])

@@ -202,7 +202,7 @@ def test_a_rejected_step_changes_nothing(others: str, steps: int) -> None:
     svi.step(x)
     for _ in range(steps):
         svi.step(x)
-    svi.optim.rule = NEVER
+    svi.optim.adaptation = replace(svi.optim.adaptation, search=NEVER)
     before = parameters(), copy.deepcopy(svi.optim.get_state())
     for _ in range(5):
         loss = svi.step(x)
@@ -212,7 +212,7 @@ def test_a_rejected_step_changes_nothing(others: str, steps: int) -> None:
         # The loss itself is remembered.
         assert same({**before[1], "watch": None}, {**svi.optim.get_state(), "watch": None})
         assert all(leaf.grad is None for _, leaf in pyro.get_param_store().named_parameters())
-    svi.optim.rule = RULE
+    svi.optim.adaptation = replace(svi.optim.adaptation, search=RULE)
     svi.step(x)
     assert svi.info.accepted
     after = parameters()

@@ -526,6 +526,8 @@ def unit_step(expectation: str) -> pyronat.NaturalGradient:
         geometry=pyronat.Full(expectation=expectation),
         damping=pyronat.steps.ConstantDamping(0.0),
         curvature=pyronat.steps.RunningAverage(decay=0.0, refresh=1),
+        trust_region=pyronat.steps.KLTrustRegion(model=math.inf),
+        momentum=pyronat.steps.Momentum(0.0),
     )
 
 

@@ -395,7 +395,8 @@ def test_step_solves_the_mixed_geometry(mixing: float) -> None:
     net = layered(2, 3)
     data = [value.contiguous() for value in torch.eye(3)[[0, 0, 1, 2, 2, 2, 1]].unbind(1)]
     exact, undamped = Visible(mixing, posterior="exact"), pyronat.steps.ConstantDamping(0.0)
-    optim = NaturalGradient(lr=1.0, geometry=exact, damping=undamped)
+    free = pyronat.steps.KLTrustRegion(model=math.inf)
+    optim = NaturalGradient(lr=1.0, geometry=exact, damping=undamped, trust_region=free)
     loss, guide = TraceEnum_ELBO(max_plate_nesting=1), lambda *data: None
     NaturalSVI(config_enumerate(net.model), guide, optim, loss=loss).step(*data)
     change = torch.cat([pyro.param(f"w{k:02d}").detach() - w for k, w in enumerate(net.weights)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,15 @@ from models.helmholtz import Helmholtz
 from models.hmm import DiscreteHMM
 from pyronat import Euclidean, Full, NaturalGradient, NaturalSVI, ReweightedWakeSleep, Visible
 from pyronat.geometry import Geometry
-from pyronat.steps import Caution, ConstantDamping, HeldOut, LevenbergMarquardt, RunningAverage
+from pyronat.steps import (
+    Caution,
+    ConstantDamping,
+    HeldOut,
+    KLTrustRegion,
+    LevenbergMarquardt,
+    Momentum,
+    RunningAverage,
+)
 from pyronat.testing import z_score
 
 TOLERANCE = 1e-7
@@ -167,6 +176,8 @@ def test_training_through_the_guide_reaches_the_optimum_of_the_collapsed_program
             geometry=geometry,
             damping=ConstantDamping(0.0, 1e-3),
             curvature=RunningAverage(0.5, 1),
+            trust_region=KLTrustRegion(model=math.inf),
+            momentum=Momentum(0.0),
         )
         svi = NaturalSVI(net.model, net.recognize, optim, Trace_ELBO(num_particles=5))
         for _ in range(steps):

@@ -39,7 +39,6 @@ from torch import Tensor
 import pyronat
 from examples.comparison import Step, batches, markdown
 from models.helmholtz import Helmholtz
-from pyronat.steps import RunningAverage
 
 HIDDEN = (200, 200)
 BATCH_SIZE = 100
@@ -318,7 +317,6 @@ def grid(*texts: str) -> tuple[Rate, ...]:
 
 
 NATURAL_RATE = grid("0.5")
-SHARED = pyronat.Full(structure={"*": "shared"})
 METHODS: dict[str, Method] = {
     "adam": Method(
         "Adam",
@@ -327,26 +325,16 @@ METHODS: dict[str, Method] = {
     ),
     "two-rate": Method(
         "Adam, two rates",
-        grid("0.01:0.003", "0.02:0.006", "0.03:0.006", "0.05:0.006"),
+        grid("0.01:0.003", "0.02:0.006", "0.03:0.006", "0.05:0.006", "0.05:0.01"),
         partial(stock, torch.optim.Adam, 1.0),
     ),
     "gd": Method(
         "gradient descent",
-        grid("0.3", "1", "3"),
+        grid("0.1", "0.3", "1", "3", "10"),
         # The loss is a sum over the batch.
         partial(stock, torch.optim.SGD, 1 / BATCH_SIZE),
     ),
     "full": Method("natural, defaults", NATURAL_RATE, partial(natural, dict)),
-    "shared": Method(
-        "natural, shared basis",
-        NATURAL_RATE,
-        partial(natural, lambda: {"geometry": SHARED}),
-    ),
-    "rare": Method(
-        "natural, shared basis, every 20 steps",
-        grid("0.2"),
-        partial(natural, lambda: {"geometry": SHARED, "curvature": RunningAverage(refresh=20)}),
-    ),
     "visible": Method(
         "natural, visible",
         NATURAL_RATE,

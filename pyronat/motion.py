@@ -38,7 +38,7 @@ class Carry:
 
         Δ_t = β Δ_{t−1} − f η d_t for each program with a metric, with β of `steps.Momentum` and, of
         the guide, f of `steps.Shrinkage`. Its divergence ½ ΔᵀGΔ is that of the whole step, with the
-        full Fisher information.
+        full Fisher information. Parameters that this step does not use keep what earlier ones left.
 
         Args:
             proposal: the step without.
@@ -71,12 +71,12 @@ class Carry:
                     changes[name] = changes[name] + decay.to(change) * before.changes[name]
             found[role] = replace(
                 before,
-                changes={name: changes[name] for name in fresh},
-                fresh=noisy,
+                changes={**before.changes, **{name: changes[name] for name in fresh}},
+                fresh={**before.fresh, **noisy},
                 age=age + 1,
             )
             scalars["momentum"] = torch.maximum(scalars.get("momentum", zero), decay)
-        moved = {name: changes[name] for motion in found.values() for name in motion.changes}
+        moved = {n: changes[n] for motion in found.values() for n in motion.changes if n in changes}
         scalars["kl"] = divergence(sides, moved, zero)
         return replace(proposal, changes=changes, scalars=scalars, motions=found)
 
@@ -119,9 +119,13 @@ def within(proposal: Proposal, factor: Tensor) -> Proposal:
     """
     changes, motions = dict(proposal.changes), {}
     for role, motion in proposal.motions.items():
-        shorter = {name: factor.to(value) * value for name, value in motion.changes.items()}
+        shorter = {
+            name: factor.to(value) * value
+            for name, value in motion.changes.items()
+            if name in changes
+        }
         changes.update(shorter)
-        motions[role] = replace(motion, changes=shorter)
+        motions[role] = replace(motion, changes={**motion.changes, **shorter})
     scalars = {**proposal.scalars, "kl": factor**2 * proposal.scalars["kl"]}
     return replace(proposal, changes=changes, motions=motions, scalars=scalars)
 

@@ -55,8 +55,8 @@ _REQUIRED = dict.fromkeys(
     "step_count seed caution unjudged sides moments motions others averages watch last".split()
 )
 
-NETWORK_REFRESH = 20
-"""Steps between measurements of curvature where there are networks."""
+RARE_REFRESH = 20
+"""Steps between measurements of curvature where there are networks or layers in one basis."""
 
 
 class NaturalGradient(pyro.optim.PyroOptim):
@@ -76,8 +76,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
         damping: rule for λ, or `steps.LevenbergMarquardt()` for exact losses on whole data sets.
         trust_region: bound on the divergence of a step.
         curvature: how curvature is averaged over steps and how often it is measured. By default
-            every 5 steps, every 20 where there are networks, and at every step and without the
-            past where `steps.LevenbergMarquardt` adapts a number.
+            every 5 steps, every 20 where there are networks or wide layers, and at every step and
+            without the past where `steps.LevenbergMarquardt` adapts a number.
         others: a Pyro optimizer for all parameters without a metric. By default those of a
             Euclidean side take steps of `steps.ReachScaledAdam`; those without a Fisher
             information, or in a dense block too large to measure, of Adam with rate 1e-3.
@@ -201,10 +201,11 @@ class NaturalGradient(pyro.optim.PyroOptim):
             self._pending = None
 
     def _settle(self) -> None:
-        """Networks are measured less often, unless the user has said how often."""
+        """What is large is measured less often, unless the user has said how often."""
         blocks = [b for s in self.sides.values() if s.natural for b in s.plan.blocks.values()]
-        if self._curvature is None and self.rule is None and any(b.network for b in blocks):
-            self.curvature = RunningAverage(refresh=NETWORK_REFRESH)
+        large = any(block.network or block.structure == "shared" for block in blocks)
+        if self._curvature is None and self.rule is None and large:
+            self.curvature = RunningAverage(refresh=RARE_REFRESH)
 
     def replan(self, programs: Mapping[Role, KnownProgram]) -> None:
         """Plans the curvature of programs that are known better than before.
@@ -345,7 +346,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         factor = self.trust_region.factor(step_scalars(products, lr)["kl"])
         scalars = step_scalars(products, lr * factor)
         scalars["model_gain"] = step_scalars(of_model, lr * factor)["gain"]
-        changes = {name: -lr * factor * vector for name, vector in directions.items()}
+        changes = {n: -lr * factor * vector for n, vector in directions.items() if n in gradients}
         moments: dict[str, Moments] = {}
         kinds = self.assignment(list(gradients))
         for side in sides.values():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Any
 
+from pyronat.blocks import ParamBlock, Structure
 from pyronat.districts import DistrictPlan, plan_districts
 from pyronat.errors import CheckpointMismatch, UnassignedParameter, UnknownName
 from pyronat.families import is_reparametrized
@@ -16,6 +18,9 @@ from pyronat.plans import Plan, make_plan
 from pyronat.programs import KnownProgram
 from pyronat.sides import Role, Side, restored_program
 from pyronat.steps import PerName
+
+WIDE = 2**20
+"""Numbers in the matrices of all units of a layer, above which they share a basis by default."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,11 @@ class Planner:
         return plan_districts(plan.net, plan.blocks, proposing)
 
     def plan(self, program: KnownProgram, geometry: Geometry) -> Plan:
-        """The blocks of a program that a geometry measures."""
+        """The blocks of a program that a geometry measures, wide layers in one basis each."""
         excluded = filter(self._is_excluded, program.net.params)
-        return make_plan(
-            program, excluded, required=bool(geometry.sources), structures=geometry.structures
-        )
+        wide = _in_one_basis(program.net.blocks) if isinstance(geometry, Full) else {}
+        structures = {**wide, **geometry.structures}
+        return make_plan(program, excluded, required=bool(geometry.sources), structures=structures)
 
     def restored(self, sides: Mapping[Role, Side], states: Mapping[str, Any]) -> dict[Role, Side]:
         """Sides with the averages of their states; those of no state are a start.
@@ -137,6 +142,16 @@ def check_names(lr: PerName, sides: Mapping[Role, Side], has_others: bool) -> No
             f"step or of the scaled Adam; `others` have rates of their own. There are: "
             f"{', '.join(there)}"
         )
+
+
+def _in_one_basis(blocks: Iterable[ParamBlock]) -> dict[str, Structure]:
+    """The structure of layers of linear units whose own matrices would be dear, by parameter."""
+    return {
+        escape(block.params[0]): "shared"
+        for block in blocks
+        if block.structure == "unit" and all(block.linear)
+        if block.count > 1 and block.matrix_entries > WIDE
+    }
 
 
 def _reaching(net: BayesNet) -> set[str]:

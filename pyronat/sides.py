@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -28,7 +29,7 @@ Kind: TypeAlias = Literal["network", "guide", "model"]
 """Blocks whose steps are bounded together."""
 
 Bound: TypeAlias = Callable[[Kind, Tensor], Tensor]
-"""dᵀGd of all blocks of a kind, per datum, → factor on their directions."""
+"""dᵀGd of all blocks of a kind, per datum or element, → factor on their directions."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ class Side:
 
         Args:
             products: of each block.
-            bound: (kind, dᵀGd per datum) → factor.
+            bound: (kind, dᵀGd per datum, per element of the rest of a model) → factor.
 
         Returns:
             The factor by block.
@@ -258,10 +259,20 @@ class Side:
             names = [name for name in products if self._kind(name) == kind]
             if names:
                 quadratic = torch.stack([products[name][3] for name in names]).sum().clamp_min(0)
-                mass = torch.stack([self.average[name].mass.to(quadratic) for name in names]).max()
-                per_datum = quadratic / mass.clamp_min(torch.finfo(mass.dtype).tiny)
-                factors.update(dict.fromkeys(names, bound(kind, per_datum)))
+                masses = [self.average[name].mass.to(quadratic) for name in names]
+                if kind == "model":
+                    masses = [m * self._width(n) for m, n in zip(masses, names, strict=True)]
+                mass = torch.stack(masses).max()
+                relative = quadratic / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+                factors.update(dict.fromkeys(names, bound(kind, relative)))
         return factors
+
+    def _width(self, name: str) -> float:
+        """Mean number of elements of a datum, over the sites of a block."""
+        sites = {site.name: site for site in self.net.sites}
+        some = [sites[site] for site in self.plan.blocks[name].sites]
+        widths = [prod(site.shape[len(site.shape) - site.event_dim :]) for site in some]
+        return sum(widths) / len(widths)
 
     def _kind(self, name: str) -> Kind:
         return "network" if self.plan.blocks[name].network else self.role

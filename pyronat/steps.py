@@ -302,8 +302,8 @@ class KLTrustRegion:
         guide: the same, per datum, of what a step does to the rest of a guide. A guide of global
             variables is one datum: its gradient comes from a few draws, of which a long step makes
             too much.
-        model: the same, per datum, of what a step does to the rest of a model. Far from the data,
-            dreams say little about what data reach.
+        model: the same of what a step does to the rest of a model, per element of the widest site:
+            per pixel of an image. Far from the data, dreams say little about what data reach.
 
     All but the radius bound the new part of a step, before momentum.
     """
@@ -320,7 +320,10 @@ class KLTrustRegion:
     def factor_per_datum(
         self, kind: Literal["network", "guide", "model"], divergence: Tensor
     ) -> Tensor:
-        """Factor on the step of networks, or of the rest, from its divergence per datum."""
+        """Factor on the step of networks, or of the rest, from its divergence per datum.
+
+        For the rest of a model it is the divergence per element.
+        """
         bounds = {"network": self.network, "guide": self.guide, "model": self.model}
         return _shrinking(bounds[kind], divergence)
 

@@ -140,6 +140,11 @@ class ParamBlock:
         return self.structure in {"unit", "dense"}
 
     @property
+    def by_unit(self) -> bool:
+        """Whether the units, or the one there is, are told apart, and have a root."""
+        return self.explicit or self.structure == "shared"
+
+    @property
     def matrix_entries(self) -> int:
         """Numbers in the Fisher matrices of all units, count × size², or in their factors."""
         if self.structure in FACTORED:

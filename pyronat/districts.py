@@ -95,10 +95,10 @@ def _check(block: ParamBlock) -> None:
         block: a block of a district with hidden sites.
 
     Raises:
-        BlockTooLarge: if it is not held as one matrix for each unit.
+        BlockTooLarge: if it is not held unit by unit.
         UnsupportedDistribution: if its Fisher information is simulated.
     """
-    if not block.explicit:
+    if not block.by_unit:
         raise BlockTooLarge(
             f"the block of {block.name} is held as {block.structure!r}, but the visible geometry "
             f"needs it dense; choose Full() for this model, or Full(structure={{...: 'dense'}}) as "

@@ -100,9 +100,9 @@ def observe_units(
     records: Sequence[SiteRecord], plan: Plan, params: Mapping[str, Tensor]
 ) -> list[UnitFactor]:
     """The factors of blocks that are held unit by unit, from which scores of data are made."""
-    explicit = {name for name, block in plan.blocks.items() if block.explicit}
+    by_unit = {name for name, block in plan.blocks.items() if block.by_unit}
     kept = {
-        factor: tuple(name for name in names if name in explicit)
+        factor: tuple(name for name in names if name in by_unit)
         for factor, names in plan.blocks_of.items()
     }
     kept = {factor: names for factor, names in kept.items() if names}

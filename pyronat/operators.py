@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import prod
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -146,6 +146,21 @@ class Solver(ABC):
     @abstractmethod
     def solve(self, vectors: Tensor) -> Tensor:
         """(G + damping + jitter)⁻¹ x for `[count, size]`."""
+
+
+@runtime_checkable
+class Whitener(Protocol):
+    """A solver with a root that can be applied by itself, G + damping + jitter = L Lᵀ."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(count, size)."""
+
+    def whiten(self, vectors: Tensor) -> Tensor:
+        """L⁻¹ x for `[*rows, count, size]`, in the type of the factor."""
+
+    def unwhiten(self, vectors: Tensor) -> Tensor:
+        """L⁻ᵀ x for `[*rows, count, size]`, in the type of the factor."""
 
 
 class BlockOperator(ABC):
@@ -304,9 +319,13 @@ class CholeskyFactor(Solver):
     lower: Tensor
     jitter: float
 
+    @property
+    def shape(self) -> torch.Size:
+        """(count, size)."""
+        return self.lower.shape[:2]
+
     def solve(self, vectors: Tensor) -> Tensor:
         """(G + damping + jitter)⁻¹ x for `[count, size]`."""
-        # For many factors two triangular solves take a third of what `cholesky_solve` does.
         return self.unwhiten(self.whiten(vectors)).to(vectors.dtype)
 
     def whiten(self, vectors: Tensor) -> Tensor:
@@ -317,6 +336,7 @@ class CholeskyFactor(Solver):
         """L⁻ᵀ x for `[*rows, count, size]`, in the type of the factor."""
         return self._triangular(self.lower.mT, vectors, upper=True)
 
+    # For many factors two triangular solves take a third of what `cholesky_solve` does.
     @staticmethod
     def _triangular(matrix: Tensor, vectors: Tensor, upper: bool) -> Tensor:
         columns = vectors.to(matrix.dtype).reshape(-1, *vectors.shape[-2:]).permute(1, 2, 0)

@@ -13,10 +13,7 @@ from pyronat.adaptation import adaptation
 from pyronat.averaging import Averages
 from pyronat.checkpoints import check_state, read, write
 from pyronat.curvature import Curvature
-from pyronat.errors import (
-    StockSVI,
-    StructureChanged,
-)
+from pyronat.errors import StockSVI, StructureChanged
 from pyronat.geometry import Full, Geometry, Visible
 from pyronat.motion import Carry, within
 from pyronat.others import kind_of, restore, state_of
@@ -203,8 +200,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
     def _settle(self) -> None:
         """What is large is measured less often, unless the user has said how often."""
         blocks = [b for s in self.sides.values() if s.natural for b in s.plan.blocks.values()]
-        large = any(block.network or block.structure == "shared" for block in blocks)
-        if self._curvature is None and self.rule is None and large:
+        large = any(b.network or b.structure == "shared" for b in blocks)
+        if large and self._curvature is None and self.rule is None:
             self.curvature = RunningAverage(refresh=RARE_REFRESH)
 
     def replan(self, programs: Mapping[Role, KnownProgram]) -> None:

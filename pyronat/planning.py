@@ -76,7 +76,7 @@ class Planner:
     def plan(self, program: KnownProgram, geometry: Geometry) -> Plan:
         """The blocks of a program that a geometry measures, wide layers in one basis each."""
         excluded = filter(self._is_excluded, program.net.params)
-        wide = _in_one_basis(program.net.blocks) if isinstance(geometry, Full) else {}
+        wide = _in_one_basis(program.net.blocks) if geometry.sources else {}
         structures = {**wide, **geometry.structures}
         return make_plan(program, excluded, required=bool(geometry.sources), structures=structures)
 

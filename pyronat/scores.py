@@ -91,18 +91,57 @@ def datum_scores(
     Returns:
         `[count, width]` in nats per unit of each parameter entry.
     """
-    like = next(iter(factors))[0].group.coordinates[0] if factors else torch.empty(0)
-    total = {
-        name: like.detach().new_zeros(slots.count, block.count, block.size)
-        for name, block in columns.blocks.items()
-    }
-    known: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-    for factor, weights in factors:
-        key = id(factor.record), factor.group.name
-        if key not in known:
-            known[key] = _element_scores(factor, weights, slots)
-        _add(total[factor.block], factor, *known[key])
-    return columns.join(total)
+    return DatumScores([factors], slots, columns).sum([factors])
+
+
+@dataclass(frozen=True)
+class DatumScores(Sequence[Tensor]):
+    """Scores of the data in several runs, each made when it is asked for.
+
+    Attributes:
+        runs: for each, its factors with a weight for every element of their sites.
+        slots: which element belongs to which datum.
+        columns: the blocks.
+    """
+
+    runs: Sequence[Sequence[tuple[UnitFactor, Tensor]]]
+    slots: Slots
+    columns: BlockColumns
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Scores of one run `[count, width]`."""
+        return self.sum([self.runs[index]])
+
+    def combined(self, coefficients: Tensor) -> Tensor:
+        """Σ_k c_k s_k `[count, width]` for coefficients c `[runs, count]`; no s_k is formed."""
+        return self.sum(self.runs, coefficients)
+
+    def sum(
+        self,
+        runs: Sequence[Sequence[tuple[UnitFactor, Tensor]]],
+        coefficients: Tensor | None = None,
+    ) -> Tensor:
+        """The sum over some runs, weighted by `[runs, count]` coefficients or plain."""
+        first = next((factor for factors in runs for factor, _ in factors), None)
+        like = torch.empty(0) if first is None else first.group.coordinates[0].detach()
+        total = {
+            name: like.new_zeros(self.slots.count, block.count, block.size)
+            for name, block in self.columns.blocks.items()
+        }
+        for number, factors in enumerate(runs):
+            known: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+            for factor, weights in factors:
+                key = id(factor.record), factor.group.name
+                if key not in known:
+                    found, rows = _element_scores(factor, weights, self.slots)
+                    if coefficients is not None and self.slots.count:
+                        found = found * coefficients[number][rows.clamp_min(0)].unsqueeze(1)
+                    known[key] = found, rows
+                _add(total[factor.block], factor, *known[key])
+        return self.columns.join(total)
 
 
 def _element_scores(factor: UnitFactor, weights: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
@@ -170,6 +209,9 @@ def _add(total: Tensor, factor: UnitFactor, scores: Tensor, rows: Tensor) -> Non
     repeats = len(slopes) // len(inputs)
     inputs = inputs.repeat(repeats, 1) if repeats > 1 else inputs
     if bool((rows == rows[:, :1]).all()):
+        if torch.equal(rows[:, 0], torch.arange(len(total), device=rows.device)):
+            total.baddbmm_(slopes.unsqueeze(2), inputs.unsqueeze(1))
+            return
         chosen = rows[:, 0] >= 0
         products = slopes[chosen].unsqueeze(2) * inputs[chosen].unsqueeze(1)
         total.index_add_(0, rows[chosen, 0], products)

@@ -109,7 +109,7 @@ class SharedUnits(BlockOperator):
 
 @dataclass(frozen=True)
 class SharedSolver(Solver):
-    """V diag(values) Vᵀ for every unit.
+    """V diag(values) Vᵀ for every unit; L = V diag(√values).
 
     Attributes:
         basis: V `[size, size]`.
@@ -121,9 +121,24 @@ class SharedSolver(Solver):
     values: Tensor
     jitter: float
 
+    @property
+    def shape(self) -> torch.Size:
+        """(units, size)."""
+        return self.values.shape
+
     def solve(self, vectors: Tensor) -> Tensor:
         """V diag(1 / values) Vᵀ x for `[units, size]`; 0 for units of which nothing is known."""
-        rotated = vectors @ self.basis
+        return self.unwhiten(self.whiten(vectors)).to(vectors.dtype)
+
+    def whiten(self, vectors: Tensor) -> Tensor:
+        """diag(values)^−½ Vᵀ x for `[*rows, units, size]`; 0 where nothing is known of a unit."""
+        return (vectors.to(self.basis) @ self.basis) * self._inverse_roots
+
+    def unwhiten(self, vectors: Tensor) -> Tensor:
+        """V diag(values)^−½ x for `[*rows, units, size]`; 0 where nothing is known of a unit."""
+        return (vectors.to(self.basis) * self._inverse_roots) @ self.basis.mT
+
+    @cached_property
+    def _inverse_roots(self) -> Tensor:
         tiny = torch.finfo(self.values.dtype).tiny
-        solved = torch.where(self.values > tiny, rotated / self.values.clamp_min(tiny), 0.0)
-        return solved @ self.basis.mT
+        return torch.where(self.values > tiny, self.values.clamp_min(tiny).rsqrt(), 0.0)

@@ -17,7 +17,7 @@ from pyronat.errors import CheckpointMismatch, PyronatError
 from pyronat.families import is_reparametrized
 from pyronat.geometry import Geometry
 from pyronat.graph import BayesNet
-from pyronat.operators import BlockOperator, CholeskyFactor, Solver, add_parts
+from pyronat.operators import BlockOperator, Solver, Whitener, add_parts
 from pyronat.plans import Plan
 from pyronat.programs import KnownProgram
 from pyronat.spectrum import Spectrum, VisibleAverage, spectrum
@@ -172,7 +172,7 @@ class Side:
                 {
                     name: factor
                     for name in district.blocks
-                    if isinstance(factor := solved[name].factor, CholeskyFactor)
+                    if isinstance(factor := solved[name].factor, Whitener)
                 },
                 {name: solved[name].damping for name in district.blocks},
             )

@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pyronat.operators import CholeskyFactor
+from pyronat.operators import Whitener
 from pyronat.steps import RetainedShare
 
 Kind: TypeAlias = Literal["visible", "missing", "observed"]
@@ -28,6 +28,12 @@ Kind: TypeAlias = Literal["visible", "missing", "observed"]
 
 MAX_ROWS = 200
 """Rows that stand for the missing information of a district that is not kept as a matrix."""
+
+MAX_NUMBERS = 2**24
+"""Numbers in those rows, of which very wide districts keep fewer."""
+
+_MAX_DOUBLE = 2**22
+"""Numbers in the rows or the matrix of a district that are taken to float64."""
 
 _NEGLIGIBLE = 1e-6
 """Missing information, as a share of the whole, that is taken for none."""
@@ -80,7 +86,7 @@ class Spectrum:
         noise: parameter entries over dreams behind the estimate.
     """
 
-    factors: Mapping[str, CholeskyFactor]
+    factors: Mapping[str, Whitener]
     directions: Tensor
     retained: Tensor
     damps_mixed: bool
@@ -106,7 +112,7 @@ class Spectrum:
 
     def _damping_share(self) -> Tensor:
         """uᵀ L⁻¹ Λ L⁻ᵀ u `[rank]` of every direction u."""
-        shapes = [factor.lower.shape[:2] for factor in self.factors.values()]
+        shapes = [factor.shape for factor in self.factors.values()]
         pieces = self.directions.mT.split([shape.numel() for shape in shapes], 1)
         total = torch.zeros_like(self.retained)
         for (name, factor), shape, piece in zip(self.factors.items(), shapes, pieces, strict=True):
@@ -177,7 +183,7 @@ def sketched(rows: Tensor, count: int) -> Tensor:
 
 def spectrum(
     average: VisibleAverage,
-    factors: Mapping[str, CholeskyFactor],
+    factors: Mapping[str, Whitener],
     damping: Mapping[str, Tensor] | None = None,
 ) -> Spectrum:
     """Eigenvalues of the visible Fisher in units of the damped full-system one.
@@ -188,11 +194,11 @@ def spectrum(
 
     Args:
         average: the estimate.
-        factors: Cholesky factors of its blocks, in the order of its columns.
+        factors: of its damped blocks, in the order of its columns.
         damping: what was added to their diagonals before, `[count]`; nothing by default.
 
     Returns:
-        The spectrum, in float64.
+        The spectrum, in float64; in the type of the factors for very wide districts.
     """
     if average.matrix is not None:
         half = _whitened(average.matrix, factors)
@@ -201,10 +207,10 @@ def spectrum(
     else:
         assert average.rows is not None
         rows = _whitened(average.rows, factors)
-        values, vectors = torch.linalg.eigh(_symmetric(rows @ rows.mT))
+        values, vectors = torch.linalg.eigh(_symmetric(rows @ rows.mT).double())
         seen = values > _NEGLIGIBLE
         values, vectors = values[seen], vectors[:, seen]
-        directions = rows.mT @ vectors / values.sqrt()
+        directions = rows.mT @ (vectors / values.sqrt()).to(rows)
         missing = values * _signal_share(rows, values, average.num_dreams)
     if average.kind != "observed":
         missing = missing.clamp(0, 1)
@@ -212,7 +218,7 @@ def spectrum(
     return Spectrum(
         dict(factors),
         directions[:, kept],
-        1 - missing[kept],
+        (1 - missing[kept]).to(directions),
         average.kind != "missing",
         damping or {},
         len(directions) / average.num_dreams,
@@ -223,14 +229,16 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def _whitened(rows: Tensor, factors: Mapping[str, CholeskyFactor]) -> Tensor:
-    """R L⁻ᵀ of rows `[rows, width]`, in float64."""
-    shapes = [factor.lower.shape[:2] for factor in factors.values()]
+def _whitened(rows: Tensor, factors: Mapping[str, Whitener]) -> Tensor:
+    """R L⁻ᵀ of rows `[rows, width]`, in float64 unless there are very many."""
+    wide = rows.numel() > _MAX_DOUBLE
+    shapes = [factor.shape for factor in factors.values()]
     parts = rows.split([shape.numel() for shape in shapes], 1)
     return torch.cat(
         [
-            factor.whiten(part.unflatten(1, shape)).flatten(1).double()
+            white.flatten(1) if wide else white.flatten(1).double()
             for factor, shape, part in zip(factors.values(), shapes, parts, strict=True)
+            for white in [factor.whiten(part.unflatten(1, shape))]
         ],
         1,
     )

@@ -31,8 +31,8 @@ from pyronat.importance import DatumPlates
 from pyronat.observation import observe_units
 from pyronat.plans import Plan
 from pyronat.records import Run, SiteRecord
-from pyronat.scores import BlockColumns, Slots, datum_scores, element_weights
-from pyronat.spectrum import ENOUGH, MAX_ROWS, Kind, VisibleAverage, sketched
+from pyronat.scores import BlockColumns, DatumScores, Slots, element_weights
+from pyronat.spectrum import ENOUGH, MAX_NUMBERS, MAX_ROWS, Kind, VisibleAverage, sketched
 from pyronat.tracing import Program
 
 MAX_DENSE_WIDTH = 512
@@ -50,16 +50,16 @@ class Particles:
     """Hidden values that stand for the posterior of some data, with their scores.
 
     Attributes:
-        scores: s `[particles, data, width]`.
+        scores: s `[particles, data, width]`, or what makes them.
         weights: w `[particles, data]`, summing to 1 for each datum.
     """
 
-    scores: Tensor
+    scores: Tensor | DatumScores
     weights: Tensor
 
     def mean(self) -> Tensor:
         """ŝ = Σ_k w_k s_k `[data, width]`."""
-        return torch.einsum("kb,kbp->bp", self.weights, self.scores)
+        return self._combined(self.weights)
 
     def deviations(self, debias: bool) -> Tensor:
         """Rows √(f w_k) (s_k − ŝ) `[particles, data, width]`: the posterior covariance of s.
@@ -67,10 +67,34 @@ class Particles:
         With `debias` the factor f = 1 / (1 − Σ_k w_k²), at most 2, makes up for the mean being
         taken over the same particles.
         """
+        scores = (
+            torch.stack(list(self.scores)) if isinstance(self.scores, DatumScores) else self.scores
+        )
+        mean = torch.einsum("kb,kbp->bp", self.weights, scores)
+        return self._roots(debias).unsqueeze(-1) * (scores - mean)
+
+    def signed_deviation(self, debias: bool) -> Tensor:
+        """One row for each datum `[data, width]`: its deviations, summed with random signs.
+
+        The covariance of the row is that of all of them, and no more than one particle's scores are
+        held at a time.
+        """
+        roots = self._roots(debias)
+        signed = (torch.randint(2, roots.shape).to(roots) * 2 - 1) * roots
+        return self._combined(signed - self.weights * signed.sum(0))
+
+    def _roots(self, debias: bool) -> Tensor:
+        """√(f w) `[particles, data]`."""
         factor = self.weights
         if debias:
             factor = factor * (1 / (1 - self.weights.square().sum(0))).clamp(max=2)
-        return factor.sqrt().unsqueeze(-1) * (self.scores - self.mean())
+        return factor.sqrt()
+
+    def _combined(self, coefficients: Tensor) -> Tensor:
+        """Σ_k c_k s_k for `[particles, data]` coefficients."""
+        if isinstance(self.scores, DatumScores):
+            return self.scores.combined(coefficients)
+        return torch.einsum("kb,kbp->bp", coefficients, self.scores)
 
 
 def normalized(log_weights: Tensor) -> Tensor:
@@ -96,7 +120,11 @@ class ExactPosterior:
 
     def deviations(self, debias: bool) -> Tensor:
         """Rows s_1 − s_V `[1, data, width]`, whose covariance is that of the posterior exactly."""
-        return (self.own - self.visible).unsqueeze(0)
+        return self.signed_deviation(debias).unsqueeze(0)
+
+    def signed_deviation(self, debias: bool) -> Tensor:
+        """s_1 − s_V `[data, width]`."""
+        return self.own - self.visible
 
 
 Evidence: TypeAlias = Particles | ExactPosterior
@@ -268,19 +296,17 @@ class _Sum:
         return ess
 
     def _chunk(self, night: Night) -> int:
-        bytes_each = 8 * self.design.columns.width * night.num_particles
+        held = night.num_particles if self.design.dense else 3
+        bytes_each = 8 * self.design.columns.width * held
         return max(self.design.memory // max(bytes_each, 1), 1)
 
     def _rows_of(self, evidence: Evidence) -> Tensor:
         if self.design.kind == "visible":
             return evidence.mean()
         enough = self.design.effective >= 5 * self.design.columns.width
-        rows = evidence.deviations(debias=enough)
-        if self.design.dense or len(rows) == 1:
-            return rows.flatten(0, 1)
-        # One row for each dream, of the same covariance: random signs.
-        signs = torch.randint(2, rows.shape[:2]).to(rows) * 2 - 1
-        return torch.einsum("kb,kbp->bp", signs, rows)
+        if self.design.dense:
+            return evidence.deviations(debias=enough).flatten(0, 1)
+        return evidence.signed_deviation(debias=enough)
 
     def _keep(self, rows: Tensor) -> None:
         if self.design.dense:
@@ -301,7 +327,8 @@ class _Sum:
 
     def _max_rows(self) -> int:
         """Rows that are kept."""
-        return max(min(MAX_ROWS, self.design.memory // (8 * self.design.columns.width)), 1)
+        width = self.design.columns.width
+        return max(min(MAX_ROWS, MAX_NUMBERS // width, self.design.memory // (8 * width)), 1)
 
 
 class Night:
@@ -390,10 +417,11 @@ class Night:
         like = self._dream.run.records[0].value
         units: list[Tensor] = []
         for name, block in columns.blocks.items():
-            matrix = found[name].matrix if name in found else None
-            if matrix is None:
-                matrix = torch.zeros(block.count, block.size, block.size, device=like.device)
-            units += matrix
+            operator = found[name].operator if name in found else None
+            if operator is None:
+                units += torch.zeros(block.count, block.size, block.size, device=like.device)
+            else:
+                units += operator.dense()
         total: Tensor = torch.block_diag(*units)
         return total
 
@@ -413,21 +441,23 @@ class Night:
         numbers[data.to(device)] = torch.arange(len(data), device=device)
         slots = Slots(self._plates(part), numbers.reshape(self._sizes(part)), len(data))
 
-        def scores(factors: Sequence[UnitFactor], marginals: Mapping[str, Tensor]) -> Tensor:
-            weighted = [
+        def weighted(
+            factors: Sequence[UnitFactor], marginals: Mapping[str, Tensor]
+        ) -> list[tuple[UnitFactor, Tensor]]:
+            return [
                 (f, element_weights(f.record) * marginals.get(f.record.name, 1.0))
                 for f in factors
                 if f.record.name in part.sites and f.block in columns.blocks
             ]
-            return datum_scores(weighted, slots, columns)
 
-        own = scores(self._runs[0], {})
+        runs = [weighted(factors, {}) for factors in self._runs]
         if self._marginals is not None:
-            return ExactPosterior(scores(self._runs[1], self._marginals), own)
+            runs[1] = weighted(self._runs[1], self._marginals)
+            own, visible = DatumScores(runs, slots, columns)
+            return ExactPosterior(visible, own)
         weights = self.weights(part)
         assert weights is not None
-        others = [scores(factors, {}) for factors in self._runs[1:]]
-        return Particles(torch.stack([own, *others]), weights[:, data])
+        return Particles(DatumScores(runs, slots, columns), weights[:, data])
 
 
 @dataclass(frozen=True)

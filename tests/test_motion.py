@@ -267,3 +267,57 @@ def test_momentum_is_in_checkpoints() -> None:
 
     assert same(resumed(False), straight())
     assert not same(resumed(True), straight())
+
+
+# --- bounds, and parameters that a step does not use ---------------------------------------------
+
+
+@pytest.mark.parametrize("as_event", [True, False])
+def test_models_are_bounded_per_element(as_event: bool) -> None:
+    """Whether elements are declared as one event or as a plate; a single one is the control."""
+
+    def far(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.full((x.shape[1],), 50.0))
+        with pyro.plate("data", len(x), dim=-1 if as_event else -2):
+            if as_event:
+                pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+                return
+            with pyro.plate("side", x.shape[1], dim=-1):
+                pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    moved = {}
+    for width in (1, 5):
+        pyro.clear_param_store()
+        svi = NaturalSVI(far, no_guide, NaturalGradient(0.5, trust_region=KLTrustRegion(model=0.1)))
+        svi.step(torch.zeros(8, width))
+        assert svi.info is not None
+        moved[width] = svi.info.kl
+    assert moved == {1: pytest.approx(0.1 * 8), 5: pytest.approx(0.1 * 8 * 5)}
+
+
+def branching(x: Tensor, both: bool) -> None:
+    first = pyro.param("first", torch.tensor(3.0))
+    second = pyro.param("second", torch.tensor(3.0)) if both else None
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(first, 1.0), obs=x)
+        if second is not None:
+            pyro.sample("y", dist.Normal(second, 1.0), obs=x)
+
+
+def test_what_a_step_does_not_use_keeps_its_momentum() -> None:
+    optim = NaturalGradient(0.1, trust_region=FREE, damping=ConstantDamping(0.0))
+    svi = NaturalSVI(branching, no_guide, optim)
+    for _ in range(4):
+        svi.step(torch.zeros(8), True)
+    place = pyro.param("second").detach().clone()
+    left = optim.get_state()["motions"]["model"]["changes"]["second"].clone()
+    first = pyro.param("first").detach().clone()
+    for _ in range(2):
+        before, first = first, pyro.param("first").detach().clone()
+        svi.step(torch.zeros(8), False)
+        assert svi.info is not None
+        moved = pyro.param("first").detach() - first
+        assert svi.info.kl == pytest.approx(float(0.5 * 8 * moved.square()))
+    assert float(before) != float(first)
+    assert torch.equal(pyro.param("second"), place) and float(left) != 0
+    assert torch.equal(optim.get_state()["motions"]["model"]["changes"]["second"], left)

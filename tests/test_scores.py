@@ -29,7 +29,7 @@ from pyronat.observation import observe_units
 from pyronat.plans import Plan, make_plan
 from pyronat.programs import know
 from pyronat.records import Run, SiteRecord
-from pyronat.scores import BlockColumns, Slots, datum_scores, element_weights
+from pyronat.scores import BlockColumns, DatumScores, Slots, datum_scores, element_weights
 from pyronat.tracing import dream
 
 EXACT = 1e-10
@@ -439,6 +439,20 @@ def test_data_can_be_left_out_and_reordered(program: Program) -> None:
     torch.testing.assert_close(part, whole[chosen], rtol=0, atol=EXACT)
     nothing = found.scores(Slots(found.plates, torch.full(found.sizes, -1), 0))
     assert nothing.shape == (0, found.columns.width)
+
+
+@by_program
+def test_sums_over_runs_are_those_of_their_scores(program: Program) -> None:
+    found = observed(program)
+    factors = [(f, element_weights(f.record)) for f in found.factors]
+    runs = DatumScores([factors, factors], found.slots(), found.columns)
+    torch.manual_seed(4)
+    coefficients = torch.randn(2, found.num_data)
+    expected = coefficients.sum(0).unsqueeze(1) * found.scores(found.slots())
+    torch.testing.assert_close(runs.combined(coefficients), expected, rtol=1e-9, atol=EXACT)
+    assert len(runs) == len(list(runs)) == 2
+    none = Slots(found.plates, torch.full(found.sizes, -1), 0)
+    assert not len(replace(runs, slots=none).combined(coefficients[:, :0]))
 
 
 def test_scores_of_blocks_are_columns_of_all() -> None:

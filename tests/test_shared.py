@@ -15,10 +15,11 @@ from torch import Tensor
 
 import pyronat
 from models.helmholtz import Helmholtz
+from pyronat import planning
 from pyronat.curvature import gram
 from pyronat.errors import NotPositiveDefinite, UnsupportedStructure
 from pyronat.factored import operator_from
-from pyronat.operators import BlockMatrix
+from pyronat.operators import BlockMatrix, Whitener
 from pyronat.shared import MAX_ROWS, SharedUnits
 from tests.states import parameters, same
 
@@ -76,6 +77,17 @@ def test_products_and_solutions() -> None:
     torch.testing.assert_close(factor.solve(vectors), expected)
     swapped = shared.factor(damping.flip(0)).solve(vectors)
     assert not torch.allclose(swapped, expected), "each unit has a damping of its own"
+
+
+def test_a_root_of_the_damped_matrices() -> None:
+    shared, damping = random_units(), torch.rand(UNITS)
+    factor = shared.factor(damping)
+    eye = torch.eye(SIZE).unsqueeze(1).expand(SIZE, UNITS, SIZE)  # [rows, units, size]
+    inverse = factor.whiten(eye).permute(1, 2, 0)  # L⁻¹ [units, size, size]
+    damped = shared.dense() + torch.diag_embed(damping.unsqueeze(1).expand(UNITS, SIZE))
+    torch.testing.assert_close(inverse @ damped @ inverse.mT, torch.eye(SIZE).expand_as(damped))
+    torch.testing.assert_close(factor.unwhiten(eye).permute(1, 2, 0), inverse.mT)
+    assert isinstance(factor, Whitener) and factor.shape == (UNITS, SIZE)
 
 
 def test_singular_units_get_jitter_and_unknown_ones_stay() -> None:
@@ -162,7 +174,9 @@ def test_the_metric_of_a_program() -> None:
     assert 0 < error < 0.1 * full.blocks[top].dense().norm()
 
 
-def trained(geometry: pyronat.Full, steps: int) -> tuple[pyronat.NaturalSVI, Helmholtz, Tensor]:
+def trained(
+    geometry: pyronat.Full | pyronat.Visible, steps: int
+) -> tuple[pyronat.NaturalSVI, Helmholtz, Tensor]:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     net, x = machine()
@@ -208,6 +222,60 @@ def test_the_report_says_so() -> None:
     assert layer.matrix_entries == 16 * 9 + 9**2 < 16 * 9**2
     assert layer.factor_flops == 9**3
     assert "shared" in str(svi.net)
+
+
+WIDEST = {"layer1": "shared", "layer2": "unit", "top": "unit"}
+
+
+@pytest.mark.parametrize("geometry", [pyronat.Full(), pyronat.Visible()])
+@pytest.mark.parametrize("asked", [{}, {"*": "dense"}])
+def test_wide_layers_share_a_basis_unless_told_otherwise(
+    geometry: pyronat.Full | pyronat.Visible, asked: dict[str, Any], monkeypatch: Any
+) -> None:
+    """In training; the Fisher information that is asked for stays exact."""
+    monkeypatch.setattr(planning, "WIDE", 16 * 9**2 - 1)
+    full = pyronat.Full(structure=asked)
+    visible = isinstance(geometry, pyronat.Visible)
+    svi, net, x = trained(pyronat.Visible(full=full) if visible else full, 1)
+    assert svi.net is not None
+    found = {block.params[0].partition(".")[0]: block.structure for block in svi.net.blocks}
+    assert found == (dict.fromkeys(WIDEST, "unit") if asked else WIDEST)
+    assert svi.optim.curvature.refresh == (5 if asked else 20)
+    exact = pyronat.fisher(net.model, x, geometry=pyronat.Full("model"))
+    assert all(isinstance(block, BlockMatrix) for block in exact.blocks.values())
+
+
+def test_visible_steps_on_shared_units() -> None:
+    """As long as that of exact blocks where nothing is lost; and something is lost by hand."""
+
+    def step(structure: dict[str, Any], spread: float) -> Tensor:
+        def deep(x: Tensor) -> None:
+            weight = pyro.param("w", torch.linspace(-1, 1, 6).reshape(3, 2))
+            # Logits that differ by units are Fisher weights that are not proportional.
+            shift = spread * torch.tensor([-1.0, 0.0, 1.0])
+            with pyro.plate("data", len(x)):
+                h = pyro.sample("h", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                logits = F.linear(h, weight) + shift
+                law = dist.Normal(logits, 1.0) if not spread else dist.Bernoulli(logits=logits)
+                pyro.sample("x", law.to_event(1), obs=x)
+
+        def guide(x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("h", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        full = pyronat.Full(structure=structure)
+        optim = pyronat.NaturalGradient(lr=0.1, geometry=pyronat.Visible(full=full))
+        svi = pyronat.NaturalSVI(deep, guide, optim, pyronat.ReweightedWakeSleep(5))
+        before = torch.linspace(-1, 1, 6).reshape(3, 2)
+        svi.step((torch.rand(50, 3) < 0.5).double())
+        assert svi.info is not None and svi.info.missing is not None and svi.info.missing > 0.1
+        return pyro.param("w").detach() - before
+
+    torch.testing.assert_close(step({"w": "shared"}, 0.0), step({}, 0.0))
+    lossy, exact = step({"w": "shared"}, 2.0), step({}, 2.0)
+    assert 1e-6 < (lossy - exact).norm() < 0.3 * exact.norm()
 
 
 def network(x: Tensor) -> None:

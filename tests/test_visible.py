@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyro
 import pyro.distributions as dist
@@ -33,7 +35,7 @@ from pyronat.operators import CholeskyFactor, cholesky
 from pyronat.plans import make_plan
 from pyronat.programs import know
 from pyronat.spectrum import MAX_ROWS, Spectrum, VisibleAverage, sketched
-from pyronat.steps import ConstantDamping, RunningAverage
+from pyronat.steps import ConstantDamping, Momentum, RunningAverage
 from pyronat.visible import Dreamer, Measurement, Particles, measure_visible, normalized
 
 EXACT = 1e-9
@@ -507,6 +509,23 @@ def test_deviations_are_debiased() -> None:
     torch.testing.assert_close(alone.mean(), scores[2])
 
 
+def test_signed_deviations_have_the_covariance_of_all() -> None:
+    """The mean over all signs is exact."""
+    scores, weights = randn(2, 3, 2, 4), randn(3, 3, 2).softmax(0)
+    some = Particles(scores, weights)
+    for debias in (True, False):
+        rows = some.deviations(debias)
+        expected = torch.einsum("kbp,kbq->bpq", rows, rows)
+        squares = []
+        for signs in itertools.product((0, 1), repeat=3):
+            flips = torch.tensor(signs).unsqueeze(1).expand(3, 2)
+            with mock.patch("torch.randint", return_value=flips):
+                row = some.signed_deviation(debias)
+            squares.append(torch.einsum("bp,bq->bpq", row, row))
+        torch.testing.assert_close(torch.stack(squares).mean(0), expected)
+        assert (squares[0] - expected).abs().max() > 0.01
+
+
 # --- programs ----------------------------------------------------------------------------------
 
 
@@ -708,7 +727,7 @@ def test_visible_steps_gain_more_than_full_ones() -> None:
         "full": Full("model"),
     }.items():
         pyro.clear_param_store()
-        optim = NaturalGradient(lr=0.5, geometry=geometry)
+        optim = NaturalGradient(lr=0.5, geometry=geometry, momentum=Momentum(0.0))
         svi = NaturalSVI(net.model, net.guide, optim, TraceEnum_ELBO(max_plate_nesting=1))
         losses = [svi.step(x) for _ in range(13)]
         gains[name] = losses[0] - losses[-1]

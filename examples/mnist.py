@@ -316,7 +316,7 @@ def grid(*texts: str) -> tuple[Rate, ...]:
     return tuple(map(Rate.of, texts))
 
 
-NATURAL_RATE = grid("0.5")
+NATURAL_RATE = grid("0.3")
 METHODS: dict[str, Method] = {
     "adam": Method(
         "Adam",

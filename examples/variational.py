@@ -40,7 +40,7 @@ from models.sparse_gamma_def import SparseGammaDEF
 from pyronat.steps import RunningAverage
 
 ADAM_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
-NATURAL_RATE = 0.5
+NATURAL_RATE = 0.3
 NATURAL: dict[str, dict[str, Any]] = {
     "natural, defaults": {},
     "natural, curvature every 20 steps": {"curvature": RunningAverage(0.8, 20)},

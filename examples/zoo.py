@@ -6,7 +6,7 @@ Each program of `models.registry` is trained by
 * Adam, two rates: the same with a fifth or five times the rate for the guide, where model and guide
   both have parameters, the best of the ten;
 * descent: plain gradient descent, the best of five rates per datum;
-* natural: `NaturalSVI` with its defaults, and a rate that decays linearly from 0.5;
+* natural: `NaturalSVI` with its defaults, and a rate that decays linearly from 0.3;
 * visible: the same with the visible geometry, where there are hidden variables;
 * EM, where the program has a step of it.
 
@@ -79,7 +79,7 @@ ADAM_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 DESCENT_FACTOR = 10
 """Rates per datum of gradient descent, in units of Adam's."""
 GUIDE_FACTORS = (0.2, 5.0)
-NATURAL_RATE = 0.5
+NATURAL_RATE = 0.3
 MARK = 0.01
 """Share of the way from the start to the optimum that is left where a run is called done."""
 SAME = 0.001

@@ -59,7 +59,9 @@ class Full(Geometry):
         structure: names or patterns of parameters (`{"decoder*": "dual"}`) → how the blocks that
             hold them are held, see `ParamBlock.structure`: "dense", "shared", "kronecker", "kfac",
             "dual", "cg" or "diagonal". By default a joint block of up to 2048 entries is dense, a
-            larger one is held in Kronecker factors of its layers, or by rows where it has none.
+            larger one is held in Kronecker factors of its layers, or by rows where it has none. In
+            training, linear units whose matrices would have more than 2²⁰ entries are "shared";
+            "dense" keeps the matrices.
     """
 
     expectation: Expectation = "pooled"

@@ -20,7 +20,7 @@ from pyronat.sides import Role, Side, restored_program
 from pyronat.steps import PerName
 
 WIDE = 2**20
-"""Numbers in the matrices of all units of a layer, above which they share a basis by default."""
+"""Entries of the matrices of all units of a layer, above which they share a basis by default."""
 
 
 @dataclass(frozen=True)

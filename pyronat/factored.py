@@ -50,13 +50,21 @@ class Kronecker(BlockOperator):
         """B X A for `[units, fan_in]`."""
         if self.rows is None:
             return self.outputs @ vectors @ self.inputs
-        return self._corrected(self.rows).mv(vectors)
+        return self._eigen.mv(vectors)
+
+    def quadratic(self, vectors: Tensor) -> Tensor:
+        """⟨X, B X A⟩ for `[units, fan_in]`, a 0-d tensor."""
+        if self.rows is None:
+            return (vectors * self.mv(vectors)).sum()
+        basis = self._eigen
+        inner = basis.left.mT @ vectors.to(basis.values.dtype) @ basis.right
+        return (inner.square() * basis.values).sum()
 
     def dense(self) -> Tensor:
         """One matrix `[1, units * fan_in, units * fan_in]`."""
         if self.rows is None:
             return torch.kron(self.outputs, self.inputs).unsqueeze(0)
-        basis = self._corrected(self.rows)
+        basis = self._eigen
         vectors = torch.kron(basis.left, basis.right)
         found: Tensor = (vectors * basis.values.reshape(-1)) @ vectors.mT
         return found.unsqueeze(0).to(self.inputs.dtype)
@@ -83,10 +91,14 @@ class Kronecker(BlockOperator):
         wide = damping.to(torch.float64)
         largest = wide.max()
         if self.rows is not None or not bool(largest > 0):
-            basis = self._basis() if self.rows is None else self._corrected(self.rows)
-            return basis.lifted(float(wide.mean()))
+            return self._eigen.lifted(float(wide.mean()))
         scale = wide.clamp_min(1e-6 * largest).sqrt()
         return self._basis(scale).lifted(1.0)
+
+    @cached_property
+    def _eigen(self) -> KroneckerSolver:
+        """Eigenvectors and eigenvalues, the corrected ones where there are any, without damping."""
+        return self._basis() if self.rows is None else self._corrected(self.rows)
 
     def _basis(self, scale: Tensor | None = None) -> KroneckerSolver:
         """Eigenvectors and eigenvalues of B ⊗ A, or of Λ^-½ B Λ^-½ ⊗ A with the scale Λ^½."""
@@ -107,6 +119,11 @@ class Kronecker(BlockOperator):
         for some, part in zip(flowing.split(chunk), inputs.split(chunk), strict=True):
             moments += (some.mT @ part).square().sum(0)
         return replace(basis, values=moments)
+
+    def state(self) -> dict[str, Any]:
+        """Plain tensors; what follows from them is computed again."""
+        own = {"inputs": self.inputs, "outputs": self.outputs, "mass": self.mass}
+        return {"form": "Kronecker", **own, "rows": self.rows}
 
     def __add__(self, other: Kronecker) -> Kronecker:
         """B added, A averaged: exact only where both layers have the same inputs."""
@@ -354,6 +371,10 @@ class Rows(BlockOperator):
     def mv(self, vectors: Tensor) -> Tensor:
         """Rᵀ R x for `[1, size]`."""
         return self.backward(self.forward(vectors[0])).unsqueeze(0)
+
+    def quadratic(self, vectors: Tensor) -> Tensor:
+        """‖R x‖² for `[1, size]`, a 0-d tensor."""
+        return self.forward(vectors[0]).square().sum()
 
     def dense(self) -> Tensor:
         """The matrix `[1, size, size]`."""

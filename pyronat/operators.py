@@ -174,6 +174,10 @@ class BlockOperator(ABC):
     def mv(self, vectors: Tensor) -> Tensor:
         """G x for `[count, size]`."""
 
+    def quadratic(self, vectors: Tensor) -> Tensor:
+        """Σ xᵀ G x over the vectors of `[count, size]`, a 0-d tensor."""
+        return (vectors * self.mv(vectors)).sum()
+
     @abstractmethod
     def dense(self) -> Tensor:
         """The matrices `[groups, width, width]` on the flattened vectors, width entries each."""

@@ -92,5 +92,5 @@ def divergence(sides: Mapping[Role, Side], changes: Mapping[str, Tensor], like: 
             }
             vector = side.plan.layouts[name].pack({**zeros, **changes} if zeros else changes)
             vector = vector.to(side.solved[name].damping.dtype)
-            total = total + 0.5 * (vector * operator.mv(vector)).sum().clamp_min(0).to(total)
+            total = total + 0.5 * operator.quadratic(vector).clamp_min(0).to(total)
     return total

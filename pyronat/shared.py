@@ -56,6 +56,10 @@ class SharedUnits(BlockOperator):
         """V diag(e_u) Vᵀ x for `[units, size]`."""
         return ((vectors @ self.basis) * self.values) @ self.basis.mT
 
+    def quadratic(self, vectors: Tensor) -> Tensor:
+        """Σ_u e_uᵀ (Vᵀ x_u)² for `[units, size]`, a 0-d tensor."""
+        return ((vectors @ self.basis).square() * self.values).sum()
+
     def dense(self) -> Tensor:
         """The matrices `[units, size, size]`."""
         return (self.basis * self.values.unsqueeze(1)) @ self.basis.mT

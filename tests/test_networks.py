@@ -333,6 +333,8 @@ def test_kronecker_solver(corrected: bool) -> None:
     expected = torch.linalg.solve(matrix, x.reshape(-1)).reshape(3, 4)
     torch.testing.assert_close(block.factor(damping).solve(x), expected)
     torch.testing.assert_close(block.mv(x), (block.dense()[0] @ x.reshape(-1)).reshape(3, 4))
+    torch.testing.assert_close(block.quadratic(x), x.reshape(-1) @ block.dense()[0] @ x.reshape(-1))
+    assert set(block.state()) == {"form", "inputs", "outputs", "mass", "rows"}, "nothing cached"
     undamped = torch.linalg.solve(block.dense()[0], x.reshape(-1)).reshape(3, 4)
     torch.testing.assert_close(block.factor(torch.zeros(3)).solve(x), undamped)
 
@@ -356,6 +358,9 @@ def test_averages_of_rows_keep_the_newest() -> None:
     assert isinstance(one, Rows) and isinstance(two, Rows)
     mixed = one.lerp(two, 0.25)
     torch.testing.assert_close(mixed.dense(), 0.75 * one.dense() + 0.25 * two.dense())
+    vector = torch.randn(1, mixed.dense().shape[-1])
+    expected = (vector @ mixed.dense()[0] @ vector.mT).squeeze()
+    torch.testing.assert_close(mixed.quadratic(vector), expected)
     few = replace(one, max_rows=two.num_rows).lerp(replace(two, max_rows=two.num_rows), 0.25)
     assert few.num_rows == two.num_rows
     torch.testing.assert_close(few.mean_diagonal(), mixed.mean_diagonal())

@@ -97,6 +97,7 @@ def test_product(count: int) -> None:
     matrix, vectors = spd(count, 3), torch.randn(count, 3)
     expected = torch.einsum("uij,uj->ui", matrix, vectors)
     torch.testing.assert_close(BlockMatrix(matrix).mv(vectors), expected)
+    torch.testing.assert_close(BlockMatrix(matrix).quadratic(vectors), (vectors * expected).sum())
     diagonal = torch.stack([matrix[:, i, i] for i in range(3)]).mean(0)
     torch.testing.assert_close(BlockMatrix(matrix).mean_diagonal(), diagonal)
 

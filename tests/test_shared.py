@@ -70,6 +70,7 @@ def test_products_and_solutions() -> None:
     shared, vectors = random_units(), torch.randn(UNITS, SIZE)
     dense = shared.dense()
     torch.testing.assert_close(shared.mv(vectors), BlockMatrix(dense).mv(vectors))
+    torch.testing.assert_close(shared.quadratic(vectors), BlockMatrix(dense).quadratic(vectors))
     damping = torch.rand(UNITS)
     factor = shared.factor(damping)
     expected = BlockMatrix(dense).factor(damping).solve(vectors)

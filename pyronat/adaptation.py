@@ -9,6 +9,7 @@ from pyronat.geometry import Geometry, Visible
 from pyronat.steps import (
     Caution,
     Clip,
+    CrossValidated,
     Damping,
     HeldOut,
     LevenbergMarquardt,
@@ -27,23 +28,25 @@ class Adaptation:
     Attributes:
         search: judges each step by the loss that made it, or None.
         held_out: judges it by the next minibatch, or None.
+        compared: compares what minibatches say of each other, or None; it judges no step.
         what: what is adapted, and by which rule.
         geometry: of the model.
     """
 
     search: LevenbergMarquardt | None
     held_out: HeldOut | None
+    compared: CrossValidated | None
     what: str
     geometry: Geometry
 
     @property
     def active(self) -> bool:
-        """Whether there is a rule."""
+        """Whether there is a rule that judges steps."""
         return self.search is not None or self.held_out is not None
 
     def start(self) -> Caution:
         """The state of the rule at the start."""
-        rule = self.search or self.held_out
+        rule = self.search or self.held_out or self.compared
         return Caution() if rule is None else rule.start()
 
     def mixing(self, caution: Caution, step: int) -> float | RetainedShare:
@@ -59,7 +62,7 @@ class Adaptation:
         if not isinstance(self.geometry, Visible):
             return 1.0
         mixing = self.geometry.mixing
-        if isinstance(mixing, (LevenbergMarquardt, HeldOut)):
+        if isinstance(mixing, (LevenbergMarquardt, HeldOut, CrossValidated)):
             return caution.value
         if isinstance(mixing, RetainedShare):
             return mixing
@@ -104,15 +107,17 @@ def adaptation(
         ValueError: if there are two, or if something else shapes its steps.
     """
     mixing = geometry.mixing if isinstance(geometry, Visible) else None
-    found = [rule for rule in (mixing, damping) if isinstance(rule, LevenbergMarquardt)]
+    kinds = (LevenbergMarquardt, HeldOut, CrossValidated)
+    found = [rule for rule in (mixing, damping) if isinstance(rule, kinds)]
     if len(found) > 1:
         raise ValueError("either mixing or damping is adapted, not both")
-    if found and (isinstance(lr, PerName) or clip.natural < math.inf):
-        raise ValueError("an adaptive rule sets the length of steps: no PerName, no Clip")
-    held_out = mixing if isinstance(mixing, HeldOut) else None
-    rule = found[0] if found else held_out
+    rule = found[0] if found else None
     if rule is None:
-        return Adaptation(None, None, "no adaptive rule", geometry)
-    name = "damping" if rule is damping else "mixing"
-    search = found[0] if found else None
-    return Adaptation(search, held_out, f"{name} by {type(rule).__name__}", geometry)
+        return Adaptation(None, None, None, "no adaptive rule", geometry)
+    search = rule if isinstance(rule, LevenbergMarquardt) else None
+    if search is not None and (isinstance(lr, PerName) or clip.natural < math.inf):
+        raise ValueError("an adaptive rule sets the length of steps: no PerName, no Clip")
+    held_out = rule if isinstance(rule, HeldOut) else None
+    compared = rule if isinstance(rule, CrossValidated) else None
+    what = f"{'damping' if rule is damping else 'mixing'} by {type(rule).__name__}"
+    return Adaptation(search, held_out, compared, what, geometry)

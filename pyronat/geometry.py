@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 from pyronat.blocks import CHOICES, Structure
-from pyronat.steps import HeldOut, LevenbergMarquardt, RetainedShare
+from pyronat.steps import CrossValidated, HeldOut, LevenbergMarquardt, RetainedShare
 
 Source: TypeAlias = Literal["dreams", "posterior", "exact"]
 """Where the parents of a site come from when its Fisher information is averaged."""
@@ -99,6 +99,9 @@ Posterior: TypeAlias = Literal["guide", "enumerate", "exact"]
 
 Estimator: TypeAlias = Literal["auto", "direct", "subtractive", "observed"]
 
+Rule: TypeAlias = LevenbergMarquardt | HeldOut | RetainedShare | CrossValidated
+"""Adapts ρ."""
+
 
 @dataclass(frozen=True)
 class Visible(Geometry):
@@ -112,7 +115,9 @@ class Visible(Geometry):
     Attributes:
         mixing: ρ, a schedule from step number to ρ, or a rule that adapts it:
             `steps.LevenbergMarquardt`, for losses without noise, or `steps.HeldOut`, for
-            minibatches, or `steps.RetainedShare`, for streams.
+            minibatches, or `steps.RetainedShare`, for streams, or `steps.CrossValidated`, for
+            minibatches of which it is not known whether the visible geometry pays. "auto" is the
+            last one.
         posterior: where p(h|v) comes from,
 
             - "guide": weighted guide draws, the dream's own h among them;
@@ -135,10 +140,10 @@ class Visible(Geometry):
         memory: bytes that the scores of dreams may take at once, and the rows that are kept of
             them in districts too large for a matrix; there may be some times as much for moments.
         full: the full geometry that is mixed in. By default `Full("exact")` for "exact",
-            `Full("model")` for "enumerate", else `Full()`.
+            `Full("model")` for "enumerate", else, and with `steps.CrossValidated`, `Full()`.
     """
 
-    mixing: float | Callable[[int], float] | LevenbergMarquardt | HeldOut | RetainedShare = 0.3
+    mixing: float | Callable[[int], float] | Rule | Literal["auto"] = 0.3
     num_particles: int = 10
     num_dreams: int | None = None
     posterior: Posterior = "guide"
@@ -160,6 +165,12 @@ class Visible(Geometry):
             raise ValueError(
                 f"estimator must be one of {', '.join(get_args(Estimator))}, not {self.estimator!r}"
             )
+        if self.mixing == "auto":
+            object.__setattr__(self, "mixing", CrossValidated())
+        if isinstance(self.mixing, str):
+            raise ValueError(
+                f'mixing is a share, a schedule, a rule or "auto", not {self.mixing!r}'
+            )
         if isinstance(self.mixing, (int, float)) and not 0 <= self.mixing <= 1:
             raise ValueError(f"mixing is a share between 0 and 1, not {self.mixing}")
         if self.num_particles < 2:
@@ -172,6 +183,8 @@ class Visible(Geometry):
         """The full geometry that is mixed in."""
         if self.full is not None:
             return self.full
+        if isinstance(self.mixing, CrossValidated) and self.posterior != "exact":
+            return Full()  # ρ = 1 is the geometry that there is without.
         defaults = {"exact": Full("exact"), "enumerate": Full("model"), "guide": Full()}
         return defaults[self.posterior]
 

@@ -54,6 +54,7 @@ from pyronat.trials import (
     Undo,
     applied,
     before_last_step,
+    compare,
     gradient_of,
     taken,
     watch_loss,
@@ -285,6 +286,7 @@ class NaturalSVI:
                 watch_loss(optim, loss if finite else math.nan, data, judged)
                 if finite:
                     self._judge(params, loss, call)
+                    compare(optim, gradients)
                     if refresh:
                         sides = self._refreshed(observer, call, params)
                     optim.shrink(gradients)
@@ -318,11 +320,10 @@ class NaturalSVI:
 
     def _judge(self, params: Mapping[str, Tensor], loss: float, call: Call) -> None:
         """Tries the last step of the model on this batch, where a rule asks for it."""
-        optim = self.optim
-        if optim.held_out is not None and optim.unjudged is not None:
+        optim, rule = self.optim, self.optim.adaptation.held_out
+        if rule is not None and optim.unjudged is not None:
             gain = Judge(self.model, self.guide, self.loss).gain(optim.unjudged, params, loss, call)
-            predicted = optim.unjudged.predicted
-            optim.caution = optim.held_out.judged(optim.caution, gain, predicted)
+            optim.caution = rule.judged(optim.caution, gain, optim.unjudged.predicted)
             optim.unjudged = None
 
     def _move(

@@ -30,7 +30,6 @@ from pyronat.steps import (
     Constant,
     ConstantDamping,
     Damping,
-    HeldOut,
     KLTrustRegion,
     LevenbergMarquardt,
     LeverageDamping,
@@ -45,6 +44,7 @@ from pyronat.steps import (
     Schedule,
     Shrinkage,
 )
+from pyronat.validation import waiting
 
 STATE_FORMAT = 5
 
@@ -157,11 +157,6 @@ class NaturalGradient(pyro.optim.PyroOptim):
     def rule(self) -> LevenbergMarquardt | None:
         """The rule that judges each step by the loss that made it, if there is one."""
         return self.adaptation.search
-
-    @property
-    def held_out(self) -> HeldOut | None:
-        """The rule that judges each step by the next minibatch, if there is one."""
-        return self.adaptation.held_out
 
     def mixing(self, caution: Caution) -> float | RetainedShare:
         """ρ of the model's geometry at this step, or the rule for it by district."""
@@ -391,7 +386,9 @@ class NaturalGradient(pyro.optim.PyroOptim):
 
     def watched(self, proposal: Proposal, params: Mapping[str, Tensor]) -> Unjudged | None:
         """What the next batch needs to judge a step of the model, if a rule asks for it."""
-        if self.held_out is None:
+        if self.adaptation.compared is not None:
+            return waiting(self.unjudged, self.sides["model"], proposal.changes)
+        if self.adaptation.held_out is None:
             return None
         owned = self.sides["model"].plan.owner()
         names = [name for name in proposal.changes if name in owned and name in params]

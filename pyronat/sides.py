@@ -214,7 +214,7 @@ class Side:
         Returns:
             d by parameter name, and (gᵀg, gᵀd, dᵀd, dᵀAd without damping, Σλ, count) of each block.
         """
-        packed = {name: self._packed(name, gradients) for name in self.solved}
+        packed = {name: self.packed(name, gradients) for name in self.solved}
         found: dict[str, Tensor] = {}
         damped: dict[str, float] = {}
         for some in self.spectra.values() if mixing != 1 else ():
@@ -277,7 +277,7 @@ class Side:
     def _kind(self, name: str) -> Kind:
         return "network" if self.plan.blocks[name].network else self.role
 
-    def _packed(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor:
+    def packed(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor:
         """Gradients `[count, size]` of a block, 0 for parameters that a step did not use."""
         block, layout = self.plan.blocks[name], self.plan.layouts[name]
         like = self.solved[name].damping
@@ -287,6 +287,12 @@ class Side:
             if param not in gradients
         }
         return layout.pack({**zeros, **gradients} if zeros else gradients)
+
+    def damped(self, name: str, vectors: Tensor) -> Tensor:
+        """(G + λ) x of a block, for x `[count, size]`."""
+        operator, damping = self.average[name].operator, self.solved[name].damping
+        assert operator is not None
+        return operator.mv(vectors.to(damping)) + damping.unsqueeze(1) * vectors.to(damping)
 
     def state(self) -> dict[str, Any]:
         """Structure, running averages and damping as plain tensors, numbers, strings and dicts."""

@@ -151,16 +151,22 @@ class Spectrum:
         Returns:
             The solution by block, `[count, size]`.
         """
-        parts = {name: factor.whiten(gradients[name]) for name, factor in self.factors.items()}
-        white = torch.cat([part.flatten() for part in parts.values()]).to(self.directions)
+        white = self.whitened(gradients)
         coefficients = (1 / self.stretch(mixing) - 1) * (white @ self.directions)
-        solved = white + self.directions @ coefficients
-        pieces = solved.split([part.numel() for part in parts.values()])
-        found = {}
-        for (name, factor), piece in zip(self.factors.items(), pieces, strict=True):
-            like = gradients[name]
-            found[name] = factor.unwhiten(piece.reshape(like.shape)).to(like.dtype)
-        return found
+        return self.unwhitened(white + self.directions @ coefficients, gradients)
+
+    def whitened(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """L⁻¹ x `[width]`, for x by block."""
+        parts = [factor.whiten(vectors[name]).flatten() for name, factor in self.factors.items()]
+        return torch.cat(parts).to(self.directions)
+
+    def unwhitened(self, white: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """L⁻ᵀ x by block `[count, size]`, for x `[width]`, in the type of other vectors."""
+        pieces = white.split([factor.shape.numel() for factor in self.factors.values()])
+        return {
+            name: factor.unwhiten(piece.reshape(like[name].shape)).to(like[name].dtype)
+            for (name, factor), piece in zip(self.factors.items(), pieces, strict=True)
+        }
 
 
 def sketched(rows: Tensor, count: int) -> Tensor:

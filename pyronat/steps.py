@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
@@ -129,7 +131,9 @@ class Caution:
         scale: length of natural steps, for rules that set it.
         gain: actual gain since the value was last changed, in nats.
         predicted: predicted gain since then, in nats.
-        count: steps since then.
+        count: steps since then, or since the start.
+        sums: of the scores of each candidate, earlier steps counting less; of a rule that compares.
+        squares: sums of the squares of the scores.
     """
 
     value: float = 1.0
@@ -137,6 +141,8 @@ class Caution:
     gain: float = 0.0
     predicted: float = 0.0
     count: int = 0
+    sums: tuple[float, ...] = ()
+    squares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -252,6 +258,85 @@ class HeldOut:
         if ratio < self.poor:
             return Caution(min(1.0, 2 * now.value))
         return Caution(max(now.value / 2, self.smallest) if ratio > self.good else now.value)
+
+
+@dataclass(frozen=True)
+class CrossValidated:
+    """Lowers ρ only where batches agree that this gains: `Visible(mixing="auto")`.
+
+    Each batch is new to the mean gradient of those before it. Where their product, summed over the
+    directions that the full geometry would not settle in the steps to come, is more than noise
+    explains, ρ falls to the first candidate; to the next one, if there is more to gain by that; and
+    so on. Else it is 1. Gains are predicted by the metric, and `validation` has the equations. The
+    scores of a step are gains over their standard deviation under noise alone, those of earlier
+    steps count less and less; a mean counts that exceeds some standard errors. Costs two products
+    with the metric at each step, and no evaluation of the loss.
+
+    It asks whether slow directions hold more than noise, not whether a step is good for the next
+    batch: noise that a step lets in goes away with the rate, what it leaves behind does not.
+
+    Attributes:
+        candidates: values of ρ in falling order, below 1. More of them, as (0.3, 0.1), are faster
+            off the plateaus of sigmoid belief networks, and lead mixtures into worse optima.
+        errors: standard errors that a mean score has to exceed.
+        decay: weight of the past in the mean of scores.
+        memory: weight of the past in the mean gradient.
+        largest: bound on the size of one score.
+    """
+
+    candidates: tuple[float, ...] = (0.3,)
+    errors: float = 2.0
+    decay: float = 0.95
+    memory: float = 0.8
+    largest: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        falling = (1.0, *self.candidates, 0.0)
+        if not self.candidates or any(a <= b for a, b in pairwise(falling)):
+            raise ValueError(f"candidates fall between 1 and 0, not {self.candidates}")
+        if not self.errors > 0 or not self.largest > 0:
+            raise ValueError(f"errors and largest must be positive, not {self}")
+        if not 0 <= self.decay < 1 or not 0 <= self.memory < 1:
+            raise ValueError(f"decay and memory must be in [0, 1), not {self}")
+
+    def start(self) -> Caution:
+        """The state at the start: the full geometry."""
+        return Caution(1.0)
+
+    def share(self, count: int) -> float:
+        """Weight of a new gradient after `count` earlier ones."""
+        return max(1 - self.memory, 1 / (count + 1))
+
+    def judged(self, now: Caution, scores: Sequence[float]) -> Caution:
+        """The state after a batch.
+
+        Args:
+            now: state before.
+            scores: of each candidate over the one before it, of variance 1 where noise rules.
+
+        Returns:
+            The state for the next step.
+        """
+        keep, count = self.decay, now.count + 1
+        none = (0.0,) * len(self.candidates)
+        new = [min(max(score, -self.largest), self.largest) for score in scores]
+        sums = tuple(keep * a + b for a, b in zip(now.sums or none, new, strict=True))
+        squares = tuple(keep * a + b**2 for a, b in zip(now.squares or none, new, strict=True))
+        weight = (1 - keep**count) / (1 - keep)
+        number = weight**2 * (1 - keep**2) / (1 - keep ** (2 * count))
+        value = 1.0
+        for candidate, total, square in zip(self.candidates, sums, squares, strict=True):
+            mean = total / weight
+            variance = max(square / weight - mean**2, 1.0)
+            if mean <= self.errors * math.sqrt(variance / number):
+                break
+            value = candidate
+        return Caution(value, count=count, sums=sums, squares=squares)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pyronat.refresh import Call
 from pyronat.sides import Role, Side
 from pyronat.steps import Caution
 from pyronat.tracing import Program, inside_support, stored_leaves
+from pyronat.validation import ahead, compared
 
 MAX_SHORTER = 20
 """Steps that are tried with one gradient until one stays in the support of all parameters."""
@@ -84,6 +85,20 @@ def watch_loss(optim: NaturalGradient, loss: float, data: float, judged: bool) -
     else:
         watch = rule.seen(optim.watch, value)
         optim.watch = watch if optim.last is None else rule.kept(watch)
+
+
+def compare(optim: NaturalGradient, gradients: Mapping[str, Tensor]) -> None:
+    """Compares a new batch with earlier ones, where a rule of the optimizer asks for it.
+
+    Args:
+        optim: the optimizer.
+        gradients: of the batch, by parameter name.
+    """
+    rule = optim.adaptation.compared
+    if rule is not None:
+        state, rates = (optim.caution, optim.unjudged), ahead(optim.lr, optim.step_count)
+        found = compared(rule, optim.sides["model"], state, gradients, rates)
+        optim.caution, optim.unjudged = found
 
 
 class Undo:

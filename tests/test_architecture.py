@@ -34,6 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"programs", "rws"}),
     frozenset({"plans", "scores"}),
     frozenset({"sides", "observation", "proposals", "others"}),
+    frozenset({"validation"}),
     frozenset({"expectation", "planning", "shaping", "adaptation"}),
     frozenset({"visible"}),
     frozenset({"visible_exact"}),

@@ -85,6 +85,12 @@ CASES = {
     "visible, held out": Case(
         "helmholtz", lambda: NaturalGradient(geometry=Visible(HeldOut(window=2)))
     ),
+    "visible, compared": Case(
+        "latent class", lambda: NaturalGradient(geometry=Visible("auto", posterior="enumerate"))
+    ),
+    "visible through the guide, compared": Case(
+        "helmholtz", lambda: NaturalGradient(geometry=Visible("auto"))
+    ),
     "adapted damping": Case(
         "mixture",
         lambda: NaturalGradient(geometry=Full("posterior"), damping=LevenbergMarquardt()),

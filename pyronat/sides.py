@@ -267,12 +267,11 @@ class Side:
                 factors.update(dict.fromkeys(names, bound(kind, relative)))
         return factors
 
-    def _width(self, name: str) -> float:
-        """Mean number of elements of a datum, over the sites of a block."""
+    def _width(self, name: str) -> int:
+        """Elements of a datum at the narrowest site of a block: a prior may be as wide as it is."""
         sites = {site.name: site for site in self.net.sites}
         some = [sites[site] for site in self.plan.blocks[name].sites]
-        widths = [prod(site.shape[len(site.shape) - site.event_dim :]) for site in some]
-        return sum(widths) / len(widths)
+        return min(prod(site.shape[len(site.shape) - site.event_dim :]) for site in some)
 
     def _kind(self, name: str) -> Kind:
         return "network" if self.plan.blocks[name].network else self.role

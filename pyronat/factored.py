@@ -55,7 +55,7 @@ class Kronecker(BlockOperator):
     def quadratic(self, vectors: Tensor) -> Tensor:
         """⟨X, B X A⟩ for `[units, fan_in]`, a 0-d tensor."""
         if self.rows is None:
-            return (vectors * self.mv(vectors)).sum()
+            return super().quadratic(vectors)
         basis = self._eigen
         inner = basis.left.mT @ vectors.to(basis.values.dtype) @ basis.right
         return (inner.square() * basis.values).sum()

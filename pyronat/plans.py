@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from math import prod
 
 from pyronat.blocks import (
@@ -52,6 +53,17 @@ class Plan:
     blocks: dict[str, ParamBlock]
     layouts: dict[str, Layout]
     blocks_of: dict[tuple[str, str], tuple[str, ...]]
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Elements of a datum at the narrowest site of each block; a prior may be as wide as it."""
+        elements = {
+            site.name: prod(site.shape[len(site.shape) - site.event_dim :])
+            for site in self.net.sites
+        }
+        return {
+            name: min(elements[site] for site in block.sites) for name, block in self.blocks.items()
+        }
 
     def owner(self) -> dict[str, str]:
         """Parameter → name of a block that holds it."""

@@ -91,7 +91,7 @@ def datum_scores(
     Returns:
         `[count, width]` in nats per unit of each parameter entry.
     """
-    return DatumScores([factors], slots, columns).sum([factors])
+    return _summed([factors], slots, columns)
 
 
 @dataclass(frozen=True)
@@ -113,35 +113,37 @@ class DatumScores(Sequence[Tensor]):
 
     def __getitem__(self, index: Any) -> Any:
         """Scores of one run `[count, width]`."""
-        return self.sum([self.runs[index]])
+        return datum_scores(self.runs[index], self.slots, self.columns)
 
     def combined(self, coefficients: Tensor) -> Tensor:
         """Σ_k c_k s_k `[count, width]` for coefficients c `[runs, count]`; no s_k is formed."""
-        return self.sum(self.runs, coefficients)
+        return _summed(self.runs, self.slots, self.columns, coefficients)
 
-    def sum(
-        self,
-        runs: Sequence[Sequence[tuple[UnitFactor, Tensor]]],
-        coefficients: Tensor | None = None,
-    ) -> Tensor:
-        """The sum over some runs, weighted by `[runs, count]` coefficients or plain."""
-        first = next((factor for factors in runs for factor, _ in factors), None)
-        like = torch.empty(0) if first is None else first.group.coordinates[0].detach()
-        total = {
-            name: like.new_zeros(self.slots.count, block.count, block.size)
-            for name, block in self.columns.blocks.items()
-        }
-        for number, factors in enumerate(runs):
-            known: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-            for factor, weights in factors:
-                key = id(factor.record), factor.group.name
-                if key not in known:
-                    found, rows = _element_scores(factor, weights, self.slots)
-                    if coefficients is not None and self.slots.count:
-                        found = found * coefficients[number][rows.clamp_min(0)].unsqueeze(1)
-                    known[key] = found, rows
-                _add(total[factor.block], factor, *known[key])
-        return self.columns.join(total)
+
+def _summed(
+    runs: Sequence[Sequence[tuple[UnitFactor, Tensor]]],
+    slots: Slots,
+    columns: BlockColumns,
+    coefficients: Tensor | None = None,
+) -> Tensor:
+    """The sum over runs `[count, width]`, weighted by `[runs, count]` coefficients or plain."""
+    first = next((factor for factors in runs for factor, _ in factors), None)
+    like = torch.empty(0) if first is None else first.group.coordinates[0].detach()
+    total = {
+        name: like.new_zeros(slots.count, block.count, block.size)
+        for name, block in columns.blocks.items()
+    }
+    for number, factors in enumerate(runs):
+        known: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        for factor, weights in factors:
+            key = id(factor.record), factor.group.name
+            if key not in known:
+                found, rows = _element_scores(factor, weights, slots)
+                if coefficients is not None and slots.count:
+                    found = found * coefficients[number][rows.clamp_min(0)].unsqueeze(1)
+                known[key] = found, rows
+            _add(total[factor.block], factor, *known[key])
+    return columns.join(total)
 
 
 def _element_scores(factor: UnitFactor, weights: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:

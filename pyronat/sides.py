@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -261,17 +260,11 @@ class Side:
                 quadratic = torch.stack([products[name][3] for name in names]).sum().clamp_min(0)
                 masses = [self.average[name].mass.to(quadratic) for name in names]
                 if kind == "model":
-                    masses = [m * self._width(n) for m, n in zip(masses, names, strict=True)]
+                    masses = [m * self.plan.widths[n] for m, n in zip(masses, names, strict=True)]
                 mass = torch.stack(masses).max()
                 relative = quadratic / mass.clamp_min(torch.finfo(mass.dtype).tiny)
                 factors.update(dict.fromkeys(names, bound(kind, relative)))
         return factors
-
-    def _width(self, name: str) -> int:
-        """Elements of a datum at the narrowest site of a block: a prior may be as wide as it is."""
-        sites = {site.name: site for site in self.net.sites}
-        some = [sites[site] for site in self.plan.blocks[name].sites]
-        return min(prod(site.shape[len(site.shape) - site.event_dim :]) for site in some)
 
     def _kind(self, name: str) -> Kind:
         return "network" if self.plan.blocks[name].network else self.role

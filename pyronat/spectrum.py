@@ -237,17 +237,16 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 def _whitened(rows: Tensor, factors: Mapping[str, Whitener]) -> Tensor:
     """R L⁻ᵀ of rows `[rows, width]`, in float64 unless there are very many."""
-    wide = rows.numel() > _MAX_DOUBLE
     shapes = [factor.shape for factor in factors.values()]
     parts = rows.split([shape.numel() for shape in shapes], 1)
-    return torch.cat(
+    white = torch.cat(
         [
-            white.flatten(1) if wide else white.flatten(1).double()
+            factor.whiten(part.unflatten(1, shape)).flatten(1)
             for factor, shape, part in zip(factors.values(), shapes, parts, strict=True)
-            for white in [factor.whiten(part.unflatten(1, shape))]
         ],
         1,
     )
+    return white if rows.numel() > _MAX_DOUBLE else white.double()
 
 
 def _signal_share(rows: Tensor, values: Tensor, num_dreams: float) -> float:

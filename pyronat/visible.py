@@ -67,9 +67,7 @@ class Particles:
         With `debias` the factor f = 1 / (1 − Σ_k w_k²), at most 2, makes up for the mean being
         taken over the same particles.
         """
-        scores = (
-            torch.stack(list(self.scores)) if isinstance(self.scores, DatumScores) else self.scores
-        )
+        scores = torch.stack(list(self.scores))
         mean = torch.einsum("kb,kbp->bp", self.weights, scores)
         return self._roots(debias).unsqueeze(-1) * (scores - mean)
 

@@ -44,16 +44,16 @@ class Adaptation:
         """Whether there is a rule that judges steps."""
         return self.search is not None or self.held_out is not None
 
-    def start(self) -> Caution:
-        """The state of the rule at the start."""
+    def start(self) -> Caution | None:
+        """The state of the rule at the start, or None."""
         rule = self.search or self.held_out or self.compared
-        return Caution() if rule is None else rule.start()
+        return None if rule is None else rule.start()
 
-    def mixing(self, caution: Caution, step: int) -> float | RetainedShare:
+    def mixing(self, caution: Caution | None, step: int) -> float | RetainedShare:
         """ρ of the model's geometry at a step, or the rule for it by district.
 
         Args:
-            caution: state of the rule.
+            caution: state of the rule, or None.
             step: number of the step.
 
         Returns:
@@ -63,6 +63,7 @@ class Adaptation:
             return 1.0
         mixing = self.geometry.mixing
         if isinstance(mixing, (LevenbergMarquardt, HeldOut, CrossValidated)):
+            assert caution is not None
             return caution.value
         if isinstance(mixing, RetainedShare):
             return mixing

@@ -37,6 +37,7 @@ from pyronat.refresh import Call, Meter
 from pyronat.reports import StepInfo, describe
 from pyronat.resume import resume, training_state
 from pyronat.sides import Role, Side
+from pyronat.steps import Searched, Tally
 from pyronat.tracing import (
     data_count,
     guide_messenger,
@@ -274,7 +275,7 @@ class NaturalSVI:
         observer = self._observer(refresh)
         sides: Mapping[Role, Side] = optim.sides
         trial = Trial(None, False, optim.caution, optim.caution, 0, False)
-        state = optim.caution, optim.unjudged, optim.watch
+        state = optim.caution, optim.watch
         with poutine.trace(param_only=True) as capture:
             try:
                 loss = self._backward(observer, call, judged)
@@ -292,7 +293,7 @@ class NaturalSVI:
                     optim.shrink(gradients)
                     sides, trial = self._move(sides, gradients, params, loss, call)
             except BaseException:
-                optim.caution, optim.unjudged, optim.watch = state
+                optim.caution, optim.watch = state
                 raise
             finally:
                 for leaf in params_of(capture.trace).values():
@@ -320,11 +321,11 @@ class NaturalSVI:
 
     def _judge(self, params: Mapping[str, Tensor], loss: float, call: Call) -> None:
         """Tries the last step of the model on this batch, where a rule asks for it."""
-        optim, rule = self.optim, self.optim.adaptation.held_out
-        if rule is not None and optim.unjudged is not None:
-            gain = Judge(self.model, self.guide, self.loss).gain(optim.unjudged, params, loss, call)
-            optim.caution = rule.judged(optim.caution, gain, optim.unjudged.predicted)
-            optim.unjudged = None
+        rule, tally = self.optim.adaptation.held_out, self.optim.caution
+        if rule is not None and isinstance(tally, Tally) and tally.before:
+            judge = Judge(self.model, self.guide, self.loss)
+            gain = judge.gain(tally.before, params, loss, call)
+            self.optim.caution = rule.judged(tally, gain)
 
     def _move(
         self,
@@ -337,7 +338,7 @@ class NaturalSVI:
         """Takes the step of a gradient, or under an adaptive rule the first one that gains."""
         optim, rule = self.optim, self.optim.rule
         caution = optim.caution
-        if rule is None:
+        if rule is None or not isinstance(caution, Searched):
             return sides, taken(sides, gradients, params, optim)
         finite, judge = False, Judge(self.model, self.guide, self.loss)
         for tries in range(1, rule.max_tries + 1):

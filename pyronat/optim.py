@@ -19,7 +19,7 @@ from pyronat.motion import Carry, within
 from pyronat.others import kind_of, restore, state_of
 from pyronat.planning import Planner, check_names
 from pyronat.programs import KnownProgram
-from pyronat.proposals import Before, Motion, Proposal, Unjudged, step_scalars
+from pyronat.proposals import Before, Motion, Proposal, step_scalars
 from pyronat.rejection import DEFAULT, Watch
 from pyronat.shaping import Shape, shaped
 from pyronat.sides import Kind, Role, Side
@@ -42,14 +42,14 @@ from pyronat.steps import (
     RetainedShare,
     RunningAverage,
     Schedule,
+    Searched,
     Shrinkage,
 )
-from pyronat.validation import waiting
 
-STATE_FORMAT = 5
+STATE_FORMAT = 6
 
 _REQUIRED = dict.fromkeys(
-    "step_count seed caution unjudged sides moments motions others averages watch last".split()
+    "step_count seed caution sides moments motions others averages watch last".split()
 )
 
 RARE_REFRESH = 20
@@ -132,7 +132,6 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self.averages = Averages()
         self.step_count = 0
         self.caution = self.adaptation.start()
-        self.unjudged: Unjudged | None = None
         self.sides: dict[Role, Side] = {}
         self.scaled_adam = ReachScaledAdam()
         self._plain = pyro.optim.Adam({"lr": 1e-3})
@@ -158,13 +157,13 @@ class NaturalGradient(pyro.optim.PyroOptim):
         """The rule that judges each step by the loss that made it, if there is one."""
         return self.adaptation.search
 
-    def mixing(self, caution: Caution) -> float | RetainedShare:
+    def mixing(self, caution: Caution | None) -> float | RetainedShare:
         """ρ of the model's geometry at this step, or the rule for it by district."""
         return self.adaptation.mixing(caution, self.step_count)
 
-    def step_length(self, caution: Caution) -> float:
+    def step_length(self, caution: Caution | None) -> float:
         """Factor on natural gradients: the learning rate, or what an adaptive rule says."""
-        return self.lr(self.step_count) if self.rule is None else caution.scale
+        return caution.scale if isinstance(caution, Searched) else self.lr(self.step_count)
 
     # Structure
 
@@ -286,9 +285,10 @@ class NaturalGradient(pyro.optim.PyroOptim):
             return sides  # factored with each caution that is tried
         return self._factored(sides, self.caution)
 
-    def _factored(self, sides: Mapping[Role, Side], caution: Caution) -> dict[Role, Side]:
+    def _factored(self, sides: Mapping[Role, Side], caution: Caution | None) -> dict[Role, Side]:
         damping = self.damping
         if isinstance(damping, LevenbergMarquardt):
+            assert caution is not None
             damping = ConstantDamping(0.0, caution.value)
         lr = self.lr(self.step_count)
         return {role: side.factored(damping, lr) for role, side in sides.items()}
@@ -384,22 +384,11 @@ class NaturalGradient(pyro.optim.PyroOptim):
             kinds = self.assignment(list(gradients))
             self.clip.shrink({n: g for n, g in gradients.items() if kinds[n] != "natural"})
 
-    def watched(self, proposal: Proposal, params: Mapping[str, Tensor]) -> Unjudged | None:
-        """What the next batch needs to judge a step of the model, if a rule asks for it."""
-        if self.adaptation.compared is not None:
-            return waiting(self.unjudged, self.sides["model"], proposal.changes)
-        if self.adaptation.held_out is None:
-            return None
-        owned = self.sides["model"].plan.owner()
-        names = [name for name in proposal.changes if name in owned and name in params]
-        before = {name: params[name].detach().clone() for name in names}
-        return Unjudged(before, float(proposal.scalars["model_gain"]))
-
     def commit(
         self,
         sides: Mapping[Role, Side],
         proposal: Proposal,
-        caution: Caution,
+        caution: Caution | None,
         params: Mapping[str, Tensor],
     ) -> None:
         """Makes the state of a taken step, which led to `params`, the optimizer's own."""
@@ -419,8 +408,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
     def moving_state(self) -> dict[str, Any]:
         """What a step changes, but for curvature, as plain tensors, numbers, lists and dicts."""
         return {
-            "caution": dict(vars(self.caution)),
-            "unjudged": None if self.unjudged is None else dict(vars(self.unjudged)),
+            "caution": None if self.caution is None else dict(vars(self.caution)),
             "moments": {name: dict(vars(state)) for name, state in self._moments.items()},
             "motions": {role: motion.state() for role, motion in self._motions.items()},
             "others": state_of(self.other_optimizer()),
@@ -429,8 +417,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
 
     def take(self, state: Mapping[str, Any]) -> None:
         """Takes a state of `moving_state`."""
-        self.caution = Caution(**state["caution"])
-        self.unjudged = None if state["unjudged"] is None else Unjudged(**state["unjudged"])
+        start = self.adaptation.start()
+        self.caution = None if start is None else type(start)(**state["caution"])
         self._moments = {name: Moments(**moments) for name, moments in state["moments"].items()}
         self._motions = {role: Motion(**motion) for role, motion in state["motions"].items()}
         self.averages = Averages.from_state(state["averages"], self.averaging)

@@ -82,26 +82,6 @@ class Before:
         return found if same and shapes and len(found) == len(self.params) else None
 
 
-@dataclass(frozen=True)
-class Unjudged:
-    """A step of the model that waits for the next minibatch.
-
-    Attributes:
-        before: parameters before the step, by name.
-        predicted: the gain that its own batch predicted, in nats.
-        trend: mean gradient of earlier batches by block `[count, size]`, at the parameters before
-            the step, where candidates are compared (`validation`); then there is no `before`.
-        steps: batches in it.
-        changes: the step by block, `[count, size]`.
-    """
-
-    before: dict[str, Tensor]
-    predicted: float
-    trend: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
-    changes: dict[str, Tensor] = field(default_factory=dict)
-
-
 def step_scalars(products: Sequence[Tensor], lr: Tensor | float) -> dict[str, Tensor]:
     """What describes a step of length lr.
 

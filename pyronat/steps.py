@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -123,26 +123,16 @@ class ConstantDamping:
 
 
 @dataclass(frozen=True)
-class Caution:
-    """State of an adaptive rule.
+class Searched:
+    """State of `LevenbergMarquardt`.
 
     Attributes:
         value: ρ of a visible geometry, or the relative damping of a full one.
-        scale: length of natural steps, for rules that set it.
-        gain: actual gain since the value was last changed, in nats.
-        predicted: predicted gain since then, in nats.
-        count: steps since then, or since the start.
-        sums: of the scores of each candidate, earlier steps counting less; of a rule that compares.
-        squares: sums of the squares of the scores.
+        scale: length of natural steps.
     """
 
     value: float = 1.0
     scale: float = 1.0
-    gain: float = 0.0
-    predicted: float = 0.0
-    count: int = 0
-    sums: tuple[float, ...] = ()
-    squares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,15 +170,15 @@ class LevenbergMarquardt:
     longest: float = 1.6
     max_tries: int = 25
 
-    def start(self) -> Caution:
+    def start(self) -> Searched:
         """The state at the start."""
-        return Caution(self.initial)
+        return Searched(self.initial)
 
     def accepts(self, ratio: float) -> bool:
         """Whether a step is kept."""
         return ratio > self.rejected
 
-    def judged(self, now: Caution, ratio: float, length: float | None = None) -> Caution:
+    def judged(self, now: Searched, ratio: float, length: float | None = None) -> Searched:
         """The state after a step.
 
         Args:
@@ -201,15 +191,36 @@ class LevenbergMarquardt:
         """
         if not self.accepts(ratio):
             if now.value < 1:
-                return Caution(min(1.0, 4 * now.value), now.scale)
-            return Caution(1.0, now.scale / 2)
+                return Searched(min(1.0, 4 * now.value), now.scale)
+            return Searched(1.0, now.scale / 2)
         length = now.scale if length is None else length
         curvature = (2 - ratio * (2 - length)) / length
         best = 1 / curvature if curvature > 0 else self.longest
         scale = min(max(best, self.shortest), self.longest)
         if ratio > self.good:
-            return Caution(max(now.value / 5, self.smallest), scale)
-        return Caution(min(1.0, 2.5 * now.value) if ratio < self.poor else now.value, scale)
+            return Searched(max(now.value / 5, self.smallest), scale)
+        return Searched(min(1.0, 2.5 * now.value) if ratio < self.poor else now.value, scale)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """State of `HeldOut`.
+
+    Attributes:
+        value: ρ.
+        gain: actual gain since ρ was last set, in nats.
+        predicted: predicted gain since then, in nats.
+        count: steps since then.
+        before: parameters before a step that waits for the next batch, by name, or none.
+        promised: the gain that its own batch predicted, in nats.
+    """
+
+    value: float
+    gain: float = 0.0
+    predicted: float = 0.0
+    count: int = 0
+    before: Mapping[str, Tensor] = field(default_factory=dict)
+    promised: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -235,29 +246,56 @@ class HeldOut:
     good: float = 0.6
     window: int = 10
 
-    def start(self) -> Caution:
+    def start(self) -> Tally:
         """The state at the start."""
-        return Caution(self.initial)
+        return Tally(self.initial)
 
-    def judged(self, now: Caution, gain: float, predicted: float) -> Caution:
-        """The state after a step has been tried on the next batch.
+    def judged(self, now: Tally, gain: float) -> Tally:
+        """The state after the step that waited has been tried on the next batch.
 
         Args:
             now: state before.
             gain: gain of the model's step on that batch, in nats.
-            predicted: gain that its own batch predicted, in nats.
 
         Returns:
             The state for the next step.
         """
-        gain, predicted = now.gain + gain, now.predicted + predicted
+        gain, predicted = now.gain + gain, now.predicted + now.promised
         count = now.count + 1
         if count < self.window:
-            return Caution(now.value, now.scale, gain, predicted, count)
+            return Tally(now.value, gain, predicted, count)
         ratio = gain / predicted if predicted > 0 else 0.0
         if ratio < self.poor:
-            return Caution(min(1.0, 2 * now.value))
-        return Caution(max(now.value / 2, self.smallest) if ratio > self.good else now.value)
+            return Tally(min(1.0, 2 * now.value))
+        return Tally(max(now.value / 2, self.smallest) if ratio > self.good else now.value)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """State of `CrossValidated`.
+
+    Attributes:
+        value: ρ.
+        count: batches that were compared.
+        sums: of the scores of each candidate, earlier batches counting less.
+        squares: the same of the squares of the scores.
+        trend: mean gradient of earlier batches by block `[count, size]`, at the parameters before
+            the last step; none at the start.
+        batches: batches in it.
+        changes: the last step by block `[count, size]`; none where it was not taken.
+    """
+
+    value: float = 1.0
+    count: int = 0
+    sums: tuple[float, ...] = ()
+    squares: tuple[float, ...] = ()
+    trend: Mapping[str, Tensor] = field(default_factory=dict)
+    batches: int = 0
+    changes: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Caution: TypeAlias = Searched | Tally | Evidence
+"""State of an adaptive rule; its `value` is the number that the rule sets."""
 
 
 @dataclass(frozen=True)
@@ -304,16 +342,16 @@ class CrossValidated:
         if not 0 <= self.decay < 1 or not 0 <= self.memory < 1:
             raise ValueError(f"decay and memory must be in [0, 1), not {self}")
 
-    def start(self) -> Caution:
+    def start(self) -> Evidence:
         """The state at the start: the full geometry."""
-        return Caution(1.0)
+        return Evidence()
 
     def share(self, count: int) -> float:
         """Weight of a new gradient after `count` earlier ones."""
         return max(1 - self.memory, 1 / (count + 1))
 
-    def judged(self, now: Caution, scores: Sequence[float]) -> Caution:
-        """The state after a batch.
+    def judged(self, now: Evidence, scores: Sequence[float]) -> Evidence:
+        """The state after a batch; what earlier ones have left is as it was.
 
         Args:
             now: state before.
@@ -336,7 +374,7 @@ class CrossValidated:
             if mean <= self.errors * math.sqrt(variance / number):
                 break
             value = candidate
-        return Caution(value, count=count, sums=sums, squares=squares)
+        return replace(now, value=value, count=count, sums=sums, squares=squares)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from pyronat.errors import Diverged, PyronatError
 from pyronat.guards import all_finite
 from pyronat.optim import NaturalGradient
 from pyronat.others import state_of, with_moments_of
-from pyronat.proposals import Before, Proposal, Unjudged
+from pyronat.proposals import Before, Proposal
 from pyronat.refresh import Call
 from pyronat.sides import Role, Side
-from pyronat.steps import Caution
+from pyronat.steps import Caution, Evidence, Searched, Tally
 from pyronat.tracing import Program, inside_support, stored_leaves
-from pyronat.validation import ahead, compared
+from pyronat.validation import after_step, ahead, compared
 
 MAX_SHORTER = 20
 """Steps that are tried with one gradient until one stays in the support of all parameters."""
@@ -34,16 +34,16 @@ class Trial:
     Attributes:
         proposal: the step, or None if there is none.
         accepted: whether it was taken.
-        caution: state of the adaptive rule afterwards.
-        used: state of the adaptive rule that the step was made with.
+        caution: state of the adaptive rule afterwards, or None.
+        used: that which the step was made with.
         tries: steps that were tried.
         finite: whether the loss, the gradient and one of the steps were finite.
     """
 
     proposal: Proposal | None
     accepted: bool
-    caution: Caution
-    used: Caution
+    caution: Caution | None
+    used: Caution | None
     tries: int
     finite: bool
 
@@ -94,11 +94,10 @@ def compare(optim: NaturalGradient, gradients: Mapping[str, Tensor]) -> None:
         optim: the optimizer.
         gradients: of the batch, by parameter name.
     """
-    rule = optim.adaptation.compared
-    if rule is not None:
-        state, rates = (optim.caution, optim.unjudged), ahead(optim.lr, optim.step_count)
-        found = compared(rule, optim.sides["model"], state, gradients, rates)
-        optim.caution, optim.unjudged = found
+    rule, evidence = optim.adaptation.compared, optim.caution
+    if rule is not None and isinstance(evidence, Evidence):
+        rates = ahead(optim.lr, optim.step_count)
+        optim.caution = compared(rule, optim.sides["model"], evidence, gradients, rates)
 
 
 class Undo:
@@ -192,14 +191,28 @@ def taken(
     most = 1 if rule is None else MAX_SHORTER
     for tries in range(1, most + 1):
         proposal = optim.carried(sides, optim.shaped(sides, whole, gradients), gradients)
-        watched = optim.watched(proposal, params)
+        watched = _watched(optim, proposal, params)
         if applied(proposal, params, optim, undo):
-            optim.unjudged = watched
             optim.last = None if rule is None else undo.before
-            return Trial(proposal, True, optim.caution, optim.caution, tries, True)
+            return Trial(proposal, True, watched, optim.caution, tries, True)
         optim.watch = watch if rule is None else rule.shorter(optim.watch)
-    optim.watch, optim.unjudged = watch, None  # shorter steps are no way out
+    optim.watch = watch  # shorter steps are no way out
     return Trial(proposal, False, optim.caution, optim.caution, most, False)
+
+
+def _watched(
+    optim: NaturalGradient, proposal: Proposal, params: Mapping[str, Tensor]
+) -> Caution | None:
+    """The state of the adaptive rule with what the next batch needs to judge a step."""
+    caution, model = optim.caution, optim.sides["model"]
+    if isinstance(caution, Evidence):
+        return after_step(caution, model, proposal.changes)
+    if not isinstance(caution, Tally):
+        return caution
+    owned = model.plan.owner()
+    names = [name for name in proposal.changes if name in owned and name in params]
+    before = {name: params[name].detach().clone() for name in names}
+    return replace(caution, before=before, promised=float(proposal.scalars["model_gain"]))
 
 
 def gradient_of(leaf: Tensor) -> Tensor:
@@ -255,7 +268,7 @@ class Judge:
         others = with_moments_of(last.state["others"], state_of(optim.other_optimizer()))
         optim.take({**last.state, "others": others})
         optim.last, optim.watch = None, rule.shorter(optim.watch)
-        if optim.rule is not None:
+        if optim.rule is not None and isinstance(optim.caution, Searched):
             optim.caution = optim.rule.judged(optim.caution, -math.inf)
         undone, best = optim.watch.undone, optim.watch.best
         if undone > rule.max_undone:
@@ -269,11 +282,17 @@ class Judge:
             ) from suspect.error
         return True
 
-    def gain(self, last: Unjudged, params: Mapping[str, Tensor], loss: float, call: Call) -> float:
+    def gain(
+        self,
+        earlier: Mapping[str, Tensor],
+        params: Mapping[str, Tensor],
+        loss: float,
+        call: Call,
+    ) -> float:
         """What an earlier step of the model gains on another batch.
 
         Args:
-            last: the step.
+            earlier: parameters before the step, by name.
             params: unconstrained leaves by name; they are the same afterwards.
             loss: of the batch after the step, in nats.
             call: arguments and random numbers of the batch.
@@ -281,7 +300,7 @@ class Judge:
         Returns:
             Its gain in nats; 0 where the loss before it is not finite.
         """
-        before = {name: value for name, value in last.before.items() if name in params}
+        before = {name: value for name, value in earlier.items() if name in params}
         now = {name: params[name].detach().clone() for name in before}
         try:
             _put(params, before)

@@ -21,11 +21,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pyronat.proposals import Unjudged
 from pyronat.rates import PerName, Schedule
 from pyronat.sides import Side
 from pyronat.spectrum import Spectrum
-from pyronat.steps import Caution, CrossValidated, LinearDecay
+from pyronat.steps import CrossValidated, Evidence, LinearDecay
 
 _SEGMENTS = 32
 """Pieces with one rate each that stand for the steps to come."""
@@ -74,59 +73,57 @@ def unsettled(speed: Tensor, rates: Ahead) -> Tensor:
 def compared(
     rule: CrossValidated,
     side: Side,
-    state: tuple[Caution, Unjudged | None],
+    state: Evidence,
     gradients: Mapping[str, Tensor],
     rates: Ahead,
-) -> tuple[Caution, Unjudged | None]:
+) -> Evidence:
     """The state of the rule after a new batch.
 
     Args:
         rule: the rule.
         side: the model's curvature, as it was for the last step.
-        state: of the rule, and what earlier batches have left; None at the start.
+        state: of the rule.
         gradients: of the batch at the parameters as they are, by name.
         rates: of the steps to come.
 
     Returns:
-        Both for the next step; there is nothing to compare where no district was measured yet.
+        Its state for the next step, with the batch; there is nothing to compare where no district
+        was measured yet.
     """
-    caution, last = state
     blocks = [name for some in side.spectra.values() for name in some.factors]
     packed = {name: side.packed(name, gradients) for name in blocks}
     if not packed:
-        return caution, None
-    if last is None or not _fits(last.trend, packed):
+        return replace(state, trend={}, batches=0, changes={})
+    if not _fits(state.trend, packed):
         trend = {name: vector.clone() for name, vector in packed.items()}
-        return caution, Unjudged({}, 0.0, trend, 1)
-    trend = last.trend
-    if last.changes:
-        trend = {name: trend[name] + _bent(side, name, last.changes) for name in blocks}
+        return replace(state, trend=trend, batches=1, changes={})
+    trend = dict(state.trend)
+    if state.changes:
+        trend = {name: trend[name] + _bent(side, name, state.changes) for name in blocks}
     pieces = [
         _evidence(some, trend, packed, rule.candidates, rates) for some in side.spectra.values()
     ]
     gain, variance = torch.stack([piece.to(pieces[0]) for piece in pieces]).sum(0)
     tiny = torch.finfo(variance.dtype).tiny
-    caution = rule.judged(caution, (gain / variance.clamp_min(tiny).sqrt()).tolist())
-    share = rule.share(last.steps)
+    state = rule.judged(state, (gain / variance.clamp_min(tiny).sqrt()).tolist())
+    share = rule.share(state.batches)
     mixed = {name: torch.lerp(trend[name], packed[name], share) for name in blocks}
-    return caution, Unjudged({}, 0.0, mixed, last.steps + 1)
+    return replace(state, trend=mixed, batches=state.batches + 1, changes={})
 
 
-def waiting(last: Unjudged | None, side: Side, changes: Mapping[str, Tensor]) -> Unjudged | None:
-    """What earlier batches leave to the next one, after a step.
+def after_step(state: Evidence, side: Side, changes: Mapping[str, Tensor]) -> Evidence:
+    """The state of the rule after a step.
 
     Args:
-        last: the same before the step.
+        state: before the step.
         side: the model's curvature.
         changes: the step, by parameter.
 
     Returns:
-        It with the step, or None at the start.
+        The state with the step.
     """
-    if last is None:
-        return None
-    known = last.trend.keys() & side.solved.keys()
-    return replace(last, changes={name: side.packed(name, changes) for name in sorted(known)})
+    known = state.trend.keys() & side.solved.keys()
+    return replace(state, changes={name: side.packed(name, changes) for name in sorted(known)})
 
 
 def _fits(trend: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> bool:

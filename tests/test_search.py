@@ -24,11 +24,11 @@ from models.latent_class import LatentClass
 from pyronat import Full, NaturalGradient, NaturalSVI
 from pyronat.geometry import Visible
 from pyronat.steps import (
-    Caution,
     ConstantDamping,
     KLTrustRegion,
     LevenbergMarquardt,
     RunningAverage,
+    Searched,
 )
 
 RULE = LevenbergMarquardt()
@@ -65,7 +65,7 @@ TABLE: tuple[tuple[float, float, float, float, float], ...] = (
 @pytest.mark.parametrize("row", TABLE, ids=str)
 def test_judgement(row: tuple[float, ...]) -> None:
     value, length, ratio, next_value, next_length = row
-    found = RULE.judged(Caution(value, length), ratio)
+    found = RULE.judged(Searched(value, length), ratio)
     assert found.value == pytest.approx(next_value, rel=1e-12)
     assert found.scale == pytest.approx(next_length, rel=1e-12)
     kept = ratio > 0.05
@@ -75,8 +75,8 @@ def test_judgement(row: tuple[float, ...]) -> None:
 
 
 def test_start() -> None:
-    assert RULE.start() == Caution(1.0, 1.0)
-    assert replace(RULE, initial=0.3).start() == Caution(0.3, 1.0)
+    assert RULE.start() == Searched(1.0, 1.0)
+    assert replace(RULE, initial=0.3).start() == Searched(0.3, 1.0)
 
 
 @pytest.mark.parametrize("damping", [RULE, replace(RULE, initial=0.1)])

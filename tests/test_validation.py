@@ -18,9 +18,9 @@ from pyronat.rates import PerName
 from pyronat.sides import Side
 from pyronat.spectrum import Spectrum, VisibleAverage, spectrum
 from pyronat.steps import (
-    Caution,
     Constant,
     CrossValidated,
+    Evidence,
     HeldOut,
     LevenbergMarquardt,
     LinearDecay,
@@ -37,7 +37,7 @@ CANDIDATES = (0.3, 0.1)
 
 def after(
     rule: CrossValidated, scores: Callable[[int], tuple[float, float]], steps: int
-) -> Caution:
+) -> Evidence:
     state = rule.start()
     for step in range(steps):
         state = rule.judged(state, scores(step))
@@ -46,7 +46,7 @@ def after(
 
 def test_the_rule_takes_candidates_that_gain_one_by_one() -> None:
     rule = CrossValidated(CANDIDATES)
-    assert rule.start() == Caution(1.0)
+    assert rule.start() == Evidence(1.0)
     assert after(rule, lambda _: (0.0, 0.0), 50).value == 1.0
     assert after(rule, lambda _: (0.5, 0.0), 50).value == 0.3
     assert after(rule, lambda _: (0.5, 0.5), 50).value == 0.1
@@ -208,8 +208,8 @@ def test_gradients_are_moved_along_with_steps() -> None:
     )
     train(100, 4)
     optim = svi.optim
-    side, last = optim.sides["model"], optim.unjudged
-    assert last is not None and last.changes
+    side, last = optim.sides["model"], optim.caution
+    assert isinstance(last, Evidence) and last.changes
     (average,) = side.visible.values()
     assert average.matrix is not None
     (some,) = side.spectra.values()
@@ -217,11 +217,8 @@ def test_gradients_are_moved_along_with_steps() -> None:
     def row(values: dict[str, Tensor]) -> Tensor:
         return torch.cat([values[name].flatten() for name in some.factors])
 
-    _, moved = compared(
-        CrossValidated(memory=0.9), side, (Caution(), last), zeros(side), [(0.1, 1)]
-    )
-    assert moved is not None
-    share = max(0.1, 1 / (last.steps + 1))
+    moved = compared(CrossValidated(memory=0.9), side, last, zeros(side), [(0.1, 1)])
+    share = max(0.1, 1 / (last.batches + 1))
     bent = (1 - share) * average.matrix @ row(last.changes)
     found = row(moved.trend) - (1 - share) * row(last.trend)
     # Apart from shares that the estimate has above 1, which are taken for 1.
@@ -241,15 +238,15 @@ def zeros(side: Side) -> dict[str, Tensor]:
 def test_other_blocks_start_anew() -> None:
     svi, train = training(Visible("auto", posterior="enumerate"))
     train(100, 3)
-    last, side = svi.optim.unjudged, svi.optim.sides["model"]
-    assert last is not None
+    last, side = svi.optim.caution, svi.optim.sides["model"]
+    assert isinstance(last, Evidence) and last.count == 1
+    none = replace(last, trend={}, batches=0, changes={})
     other = replace(last, trend={"x": torch.zeros(1, 1)})
-    caution = svi.optim.caution
-    after, found = compared(CrossValidated(), side, (caution, other), zeros(side), [(0.1, 1)])
-    assert after == caution
-    assert found is not None and found.steps == 1
+    found = compared(CrossValidated(), side, other, zeros(side), [(0.1, 1)])
+    assert found.trend.keys() == side.solved.keys() and found.batches == 1
+    assert replace(found, trend={}, batches=0) == none
     bare = replace(side, spectra={})
-    assert compared(CrossValidated(), bare, (caution, last), {}, [(0.1, 1)]) == (caution, None)
+    assert compared(CrossValidated(), bare, last, {}, [(0.1, 1)]) == none
 
 
 def test_nothing_changes_while_mixing_is_one() -> None:

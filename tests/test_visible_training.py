@@ -22,13 +22,13 @@ from models.hmm import DiscreteHMM
 from pyronat import Euclidean, Full, NaturalGradient, NaturalSVI, ReweightedWakeSleep, Visible
 from pyronat.geometry import Geometry
 from pyronat.steps import (
-    Caution,
     ConstantDamping,
     HeldOut,
     KLTrustRegion,
     LevenbergMarquardt,
     Momentum,
     RunningAverage,
+    Tally,
 )
 from pyronat.testing import z_score
 
@@ -226,14 +226,14 @@ def test_branches_of_model_and_guide() -> None:
 
 def test_held_out_gains_move_the_mixing() -> None:
     rule = HeldOut(initial=0.3, window=2)
-    start = rule.start()
-    once = rule.judged(start, 1.0, 1.0)
-    assert (once.value, once.count, once.gain) == (0.3, 1, 1.0)
-    assert rule.judged(once, 1.0, 1.0) == Caution(0.15)
-    assert rule.judged(once, -0.9, 1.0) == Caution(0.6)
-    assert rule.judged(once, -0.2, 1.0) == Caution(0.3)
-    assert rule.judged(Caution(0.9, count=1), -1.0, 1.0).value == 1.0
-    assert rule.judged(Caution(0.01, count=1), 1.0, 1.0).value == 0.01
+    once = rule.judged(replace(rule.start(), promised=1.0), 1.0)
+    assert once == Tally(0.3, gain=1.0, predicted=1.0, count=1)
+    once = replace(once, promised=1.0)
+    assert rule.judged(once, 1.0) == Tally(0.15)
+    assert rule.judged(once, -0.9) == Tally(0.6)
+    assert rule.judged(once, -0.2) == Tally(0.3)
+    assert rule.judged(Tally(0.9, count=1, promised=1.0), -1.0).value == 1.0
+    assert rule.judged(Tally(0.01, count=1, promised=1.0), 1.0).value == 0.01
 
 
 @pytest.mark.parametrize(("size", "rises"), [(5, True), (800, False)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeAlias
 
@@ -31,7 +31,9 @@ ELEMENTWISE = frozenset(
         "ToCopy UnsafeView View"
     ).split()
 ) | {"ClampBackward1", "RsubBackward1"}
-"""Nodes whose i-th output depends on the i-th input alone, when no input is broadcast."""
+"""Nodes whose i-th output depends on the i-th input alone, after broadcasting."""
+
+BROADCASTING = frozenset({"ExpandBackward0"})
 
 ORDER_KEEPING = frozenset({
     "ViewBackward0",
@@ -99,12 +101,15 @@ class LinearUnits:
         units: number of units.
         rows: number of rows of the inputs; θ has `repeats * rows * units` elements.
         slope: ∂θ/∂(preactivation) `[repeats * rows, units]`, or None where it is 1.
+        places: row of the inputs behind each row of θ `[repeats * rows]`, or None where all rows
+            are repeated in turn.
     """
 
     terms: tuple[Term, ...]
     units: int
     rows: int
-    slope: Tensor | None
+    slope: Tensor | None = None
+    places: Tensor | None = None
 
 
 def edge_of(tensor: Tensor) -> Edge:
@@ -270,9 +275,9 @@ def linear_units(theta: Tensor, gate: SampleGate) -> LinearUnits | None:
 
     Returns:
         The units, or None where the graph holds anything that is not proven to be of this form:
-        broadcasting other than over leading dimensions, an unknown operation, parameters upstream
-        of the inputs, a weight behind a constraint, a weight used twice. Also where torch has
-        renamed what the recognition reads.
+        units that are broadcast, an unknown operation, parameters upstream of the inputs, a weight
+        behind a constraint, a weight used twice. Also where torch has renamed what the recognition
+        reads.
     """
     if not theta.requires_grad:
         return None
@@ -284,98 +289,125 @@ def linear_units(theta: Tensor, gate: SampleGate) -> LinearUnits | None:
 
 def _recognize(theta: Tensor, gate: SampleGate) -> LinearUnits | None:
     if theta.grad_fn is None:
-        return _bias_units(theta, None)
-    path = _path_to_preactivation(edge_of(theta), gate.edges)
+        return _bias_units(theta)
+    found = _preactivation(edge_of(theta), gate.edges)
     terms: list[_Head] = []
-    if path is None or not _collect(path[-1], gate.edges, terms):
+    if found is None or not _collect(found[0], gate.edges, terms):
         return None
-    numel = _numel(path[-1])
-    if len(terms) == 1 and terms[0][2] is None and terms[0][0].numel() == numel:
-        return _bias_units(terms[0][0], _slope(path, theta, numel, gate))
-    return _assemble(terms, numel, lambda units: _slope(path, theta, units, gate))
+    edge, routes = found
+    units = _assemble(terms, _numel(edge))
+    places = None if units is None else _places([route.broadcasts for route in routes], units)
+    if units is None or places is None:
+        return None
+    slope = None
+    if not all(route.plain for route in routes):
+        broadcast = any(route.broadcasts for route in routes)
+        slope = _slope(theta, edge, broadcast, gate).reshape(-1, units.units)
+    in_turn = torch.equal(places, torch.arange(units.rows).repeat(len(places) // units.rows))
+    return replace(units, slope=slope, places=None if in_turn else places.to(theta.device))
 
 
-def _path_to_preactivation(edge: Edge, stops: Collection[Edge]) -> list[Edge] | None:
-    """Edges from theta down to the one affine edge it is an elementwise function of.
+@dataclass(frozen=True)
+class _Route:
+    """A way through elementwise operations.
 
-    Between consecutive edges of the path the map is elementwise, after a broadcast over leading
-    dimensions at every edge but the first and the last.
+    Attributes:
+        broadcasts: shapes before and after each broadcast on the way up, the last one first.
+        plain: whether no operation but broadcasts changes values.
     """
-    path = [edge]
-    while True:
-        found = _elementwise_sources(path[-1], stops)
-        if found is None or len(found) != 1:
-            return None
-        (source,) = found
-        if source[0].name() != "ExpandBackward0":
-            return [*path, source]
-        path += [source, source[0].next_functions[0]]
-        if _collect(path[-1], stops, []):
-            return [*path, path[-1]]
+
+    broadcasts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    plain: bool = True
 
 
-def _elementwise_sources(edge: Edge, stops: Collection[Edge]) -> set[Edge] | None:
-    """Affine or broadcast edges behind elementwise operations; None where others are met."""
-    numel = _numel(edge)
-    found: set[Edge] = set()
-    stack, seen = [edge], set()
+def _preactivation(edge: Edge, stops: Collection[Edge]) -> tuple[Edge, list[_Route]] | None:
+    """The one affine edge that an edge is an elementwise function of, and the ways to it."""
+    found: dict[Edge, list[_Route]] = {}
+    stack, seen = [(edge, _Route())], set()
     while stack:
-        edge = stack.pop()
-        if edge in seen or not _reaches_leaf(edge, stops):
+        here = edge, route = stack.pop()
+        if here in seen or not _reaches_leaf(edge, stops):
             continue
-        seen.add(edge)
-        if _numel(edge) != numel:
+        seen.add(here)
+        if _collect(edge, stops, []):
+            found.setdefault(edge, []).append(route)
+            continue
+        name = edge[0].name()
+        if name not in ELEMENTWISE | BROADCASTING:
             return None
-        if _collect(edge, stops, []) or _repeats_rows(edge):
-            found.add(edge)
-        elif edge[0].name() in ELEMENTWISE:
-            stack.extend(edge[0].next_functions)
-        else:
-            return None
-    return found
+        for source in edge[0].next_functions:
+            if _reaches_leaf(source, stops):
+                shapes = shape_of(source), shape_of(edge)
+                wider = prod(shapes[0]) != prod(shapes[1])
+                broadcasts = (*route.broadcasts, shapes) if wider else route.broadcasts
+                plain = route.plain and name in ORDER_KEEPING | BROADCASTING
+                stack.append((source, _Route(broadcasts, plain)))
+    return found.popitem() if len(found) == 1 else None
 
 
-def _repeats_rows(edge: Edge) -> bool:
-    """Whether an edge is an expansion over leading dimensions only."""
-    node = edge[0]
-    if node.name() != "ExpandBackward0":
-        return False
-    source = list(shape_of(node.next_functions[0]))
-    while source and source[0] == 1:
-        source.pop(0)
-    target = shape_of(edge)
-    return tuple(source) == target[len(target) - len(source) :]
+def _places(
+    routes: Sequence[tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]], units: LinearUnits
+) -> Tensor | None:
+    """The row of the inputs that each row of a tensor comes from.
+
+    Args:
+        routes: the broadcasts on each way.
+        units: what is broadcast.
+
+    Returns:
+        `[repeats * rows]`, or None where units are broadcast, or where the ways differ.
+    """
+    found = []
+    for route in routes:
+        places: Tensor | None = None
+        for source, target in route:
+            rows = _row_numbers(source, target, units.units)
+            if rows is None:
+                return None
+            places = rows if places is None else rows[places]
+        found.append(torch.arange(units.rows) if places is None else places)
+    first, *others = found
+    return first if all(torch.equal(first, other) for other in others) else None
 
 
-def _slope(path: Sequence[Edge], theta: Tensor, units: int, gate: SampleGate) -> Tensor | None:
-    """Product of the elementwise derivatives along the path, `[theta.numel() / units, units]`."""
-    slope: Tensor | None = None
+def _row_numbers(source: Sequence[int], target: Sequence[int], units: int) -> Tensor | None:
+    """Rows of one shape at the places of a wider one, or None where units are broadcast."""
+    wide = (*[1] * (len(target) - len(source)), *source)
+    ends = [dim for dim in range(len(target) + 1) if prod(target[dim:]) == units]
+    if not ends or wide[ends[-1] :] != tuple(target[ends[-1] :]):
+        return None
+    rows = torch.arange(prod(source) // units).reshape(wide[: ends[-1]])
+    return rows.expand(target[: ends[-1]]).reshape(-1)
+
+
+def _slope(theta: Tensor, edge: Edge, broadcast: bool, gate: SampleGate) -> Tensor:
+    """∂θ/∂(preactivation) of every element of θ, which depends on one preactivation each."""
+    below, ones = [GradientEdge(*edge)], torch.ones_like(theta)
     with gate.closed():
-        for upper, lower in zip(path[::2], path[1::2], strict=True):
-            if upper == lower:
-                continue
-            ones = torch.ones(shape_of(upper), dtype=theta.dtype, device=theta.device)
-            (part,) = torch.autograd.grad(
-                [GradientEdge(*upper)], [GradientEdge(*lower)], [ones], retain_graph=True
-            )
-            part = part.detach().reshape(-1, units)
-            part = part.repeat(theta.numel() // part.numel(), 1)
-            slope = part if slope is None else slope * part
-    return slope
+        if not broadcast:
+            (slope,) = torch.autograd.grad([theta], below, [ones], retain_graph=True)
+            return slope.detach()
+        # Jᵀ c sums over the copies of a preactivation, J 1 does not.
+        cotangent = torch.zeros_like(theta, requires_grad=True)
+        (product,) = torch.autograd.grad([theta], below, [cotangent], create_graph=True)
+        (slope,) = torch.autograd.grad(
+            [product], [cotangent], [torch.ones_like(product)], retain_graph=True
+        )
+    return slope.detach()
 
 
-def _bias_units(leaf: Tensor, slope: Tensor | None) -> LinearUnits:
+def _bias_units(leaf: Tensor) -> LinearUnits:
     """Units without inputs: every entry of a parameter is a unit of its own."""
     term = Term(leaf, tuple(range(leaf.dim())), leaf.new_ones(1, 1))
-    return LinearUnits((term,), units=leaf.numel(), rows=1, slope=slope)
+    return LinearUnits((term,), units=leaf.numel(), rows=1)
 
 
-def _assemble(
-    heads: Sequence[_Head], numel: int, slope: Callable[[int], Tensor | None]
-) -> LinearUnits | None:
+def _assemble(heads: Sequence[_Head], numel: int) -> LinearUnits | None:
     """Joins terms whose shapes agree: weights with equally many rows, biases with one per unit."""
     if len({id(leaf) for leaf, _, _ in heads}) != len(heads):
         return None
+    if len(heads) == 1 and heads[0][2] is None and heads[0][0].numel() == numel:
+        return _bias_units(heads[0][0])
     counts = {leaf.shape[1 if transposed else 0] for leaf, transposed, a in heads if a is not None}
     counts = counts or {leaf.numel() for leaf, _, _ in heads}
     if len(counts) != 1:
@@ -392,7 +424,7 @@ def _assemble(
         if inputs.shape[0] != rows:
             return None
         terms.append(Term(leaf, axes, inputs))
-    return LinearUnits(tuple(terms), units, rows, slope(units))
+    return LinearUnits(tuple(terms), units, rows)
 
 
 def jacobian(coordinates: Tensor, params: Sequence[Tensor], gate: SampleGate) -> Tensor:

@@ -153,6 +153,7 @@ class UnitFactor(Factor):
         units: number of linear units, or 1.
         inputs: inputs of linear units `[rows, fan_in]`, in the order of the block, or None.
         slope: ∂θ/∂(preactivation) `[repeats * rows, units]`, or None where it is 1.
+        places: row of the inputs behind each of those rows, or None where all are repeated in turn.
         jacobian: ∂θ/∂(entries) `[batch * coordinates, units, size]`, or None for linear units; with
             a table `[rows * coordinates, units, size]`.
         diagonal: whether the diagonal of the matrices is wanted alone.
@@ -167,6 +168,7 @@ class UnitFactor(Factor):
     units: int
     inputs: Tensor | None = None
     slope: Tensor | None = None
+    places: Tensor | None = None
     jacobian: Tensor | None = None
     diagonal: bool = False
     shared: bool = False
@@ -196,15 +198,15 @@ class UnitFactor(Factor):
         return replace(curvature, leverage=curvature.leverage * scale, mass=weights.sum())
 
     def _of_units(self, spread: Tensor, inputs: Tensor, with_matrix: bool) -> Curvature:
-        rows, units = len(inputs), self.units
+        units = self.units
         squared = 1.0 if self.slope is None else self.slope**2
         fisher = self.fisher[..., 0, 0]
         weighted = (spread * fisher).reshape(-1, units) * squared
         bound = fisher if self.bound is None else torch.as_tensor(self.bound).expand_as(fisher)
         reference = (bound.reshape(-1, units) * squared).amax(0)
-        share = spread.reshape(-1, rows, units).sum((0, 2))
+        share = self.by_input(spread.reshape(-1, units)).sum(1)
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
-        summed = weighted.reshape(-1, rows, units).sum(0)
+        summed = self.by_input(weighted)
         operator: BlockOperator | None = None
         if with_matrix and self.diagonal:
             operator = Diagonal(summed.mT @ inputs.square())
@@ -217,6 +219,14 @@ class UnitFactor(Factor):
             leverage=reference * (share @ (inputs**2).sum(1)),
             reach=2 * reference.sqrt() * (share @ inputs.abs().sum(1)),
         )
+
+    def by_input(self, values: Tensor) -> Tensor:
+        """Values of linear units `[repeats * rows, units]`, summed over the copies of each row."""
+        assert self.inputs is not None
+        rows = len(self.inputs)
+        if self.places is None:
+            return values.reshape(-1, rows, self.units).sum(0)
+        return values.new_zeros(rows, self.units).index_add_(0, self.places, values)
 
     def _of_entries(self, spread: Tensor, with_matrix: bool) -> Curvature:
         assert self.jacobian is not None

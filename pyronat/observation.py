@@ -197,10 +197,11 @@ def _unit_factors(seen: _Seen, blocks: Sequence[ParamBlock]) -> list[Factor]:
         if units is None or units.units != first.count:
             raise StructureChanged(
                 f"site {record.name!r} is no longer a layer of {first.count} linear units of "
-                f"{first.name}, as it was when it was analyzed"
+                f"{first.name}, as it was when it was analyzed; let all runs compute its "
+                "distribution by the same operations"
             )
         inputs = _ordered_inputs(units, first, seen.params)
-        return [replace(factors[0], inputs=inputs, slope=units.slope)]
+        return [replace(factors[0], inputs=inputs, slope=units.slope, places=units.places)]
     shapes = {
         param: shape
         for block in blocks

@@ -209,7 +209,10 @@ def _add(total: Tensor, factor: UnitFactor, scores: Tensor, rows: Tensor) -> Non
         slopes = slopes * factor.slope
     rows = rows.reshape(-1, units)
     repeats = len(slopes) // len(inputs)
-    inputs = inputs.repeat(repeats, 1) if repeats > 1 else inputs
+    if factor.places is not None:
+        inputs = inputs[factor.places]
+    elif repeats > 1:
+        inputs = inputs.repeat(repeats, 1)
     if bool((rows == rows[:, :1]).all()):
         if torch.equal(rows[:, 0], torch.arange(len(total), device=rows.device)):
             total.baddbmm_(slopes.unsqueeze(2), inputs.unsqueeze(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pyro.distributions as dist
 import pytest
@@ -77,7 +78,8 @@ def implied_jacobian(theta: Tensor, units: LinearUnits, params: Sequence[Tensor]
         assert term.inputs.shape[0] == units.rows and not term.inputs.requires_grad
         for flat in range(theta.numel()):
             row, unit = divmod(flat, units.units)
-            derivative = term.inputs[row % units.rows]
+            place = row % units.rows if units.places is None else units.places[row]
+            derivative = term.inputs[place]
             derivative = derivative if slope is None else slope[row, unit] * derivative
             target = full[id(term.leaf)][flat]
             by_unit = target.mT if term.unit_axes == (1,) else target.reshape(units.units, -1)
@@ -159,6 +161,18 @@ RECOGNIZED: dict[str, Builder] = {
     "one output": lambda n: n.x @ n.s,
     "detached inputs": lambda n: F.linear((n.y @ n.V).detach(), n.W, n.b),
     "tanh inputs, detached": lambda n: F.linear((n.y @ n.V).tanh().detach(), n.W, n.b).tanh(),
+    "last expansion of units": lambda n: (n.x @ n.s).expand(3, 4),
+    "function of a parameter, broadcast": lambda n: n.b.exp() * n.k,
+    "function of one row, broadcast": lambda n: (n.x[:1] @ n.W).exp() * n.k,
+    "function of one unit, broadcast": lambda n: (n.x @ n.s).exp() * n.k,
+    "expanded in the middle": lambda n: F.linear(n.batch[:, :1], n.W, n.b).expand(2, 4, 3),
+    "expanded at both ends": lambda n: (
+        F.linear(n.batch[:, :1], n.W).exp().expand(2, 2, 2, 3).tanh()
+    ),
+    "constants by row, broadcast": lambda n: F.linear(n.batch[:, :1], n.W).exp() + n.k * n.x,
+    "two ways, broadcast alike": lambda n: (
+        (h := n.batch[:, :1] @ n.W).tanh() * n.k + h.expand(2, 3, 3)
+    ),
     "clamped": lambda n: (n.x @ n.W).clamp(-0.5, 0.5),
     "cast": lambda n: (n.x @ n.W).to(torch.float32).to(torch.float64),
 }
@@ -190,6 +204,9 @@ REFUSED: dict[str, Builder] = {
     "column bias": lambda n: n.x @ n.W + n.s,
     "matrix bias": lambda n: n.x @ n.W + n.m,
     "scalar bias": lambda n: n.x @ n.W + n.scalar,
+    "two ways, broadcast differently": lambda n: (h := n.x @ n.s) * h.reshape(1, 3),
+    "rows against rows": lambda n: (h := n.x @ n.W)[:, None] + h.reshape(1, 3, 3),
+    "units broadcast in the middle": lambda n: n.m.reshape(3, 1, 3).exp() * n.k,
     "learnable factor": lambda n: n.scalar * (n.x @ n.W),
     "learnable factor by unit": lambda n: n.b * (n.x @ n.W),
     "outer sum": lambda n: n.b + n.s,
@@ -197,13 +214,9 @@ REFUSED: dict[str, Builder] = {
     "expanded inside": lambda n: (n.long @ n.W).unsqueeze(1).expand(5, 2, 3),
     "middle expansion of a parameter": lambda n: n.m[:, None].expand(3, 2, 3),
     "last expansion": lambda n: n.s.expand(3, 4),
-    "last expansion of units": lambda n: (n.x @ n.s).expand(3, 4),
     "expanded by repeat_interleave": lambda n: (n.x @ n.W).repeat_interleave(2, 0),
     "einsum": lambda n: torch.einsum("ni,ui->nu", n.x, n.W),
-    "function of a parameter, broadcast": lambda n: n.b.exp() * n.k,
     "function of a column, broadcast": lambda n: n.s.exp() * n.k,
-    "function of one row, broadcast": lambda n: (n.x[:1] @ n.W).exp() * n.k,
-    "function of one unit, broadcast": lambda n: (n.x @ n.s).exp() * n.k,
     "softmax over units": lambda n: (n.x @ n.W).softmax(-1),
     "log-softmax over units": lambda n: (n.x @ n.W).log_softmax(-1),
     "Categorical logits": lambda n: dist.Categorical(logits=n.x @ n.W).logits,
@@ -278,6 +291,14 @@ def test_mutants_are_seen(mutate: Callable[[Net, LinearUnits], LinearUnits]) -> 
     units = linear_units(theta, SampleGate([]))
     assert units is not None and check(theta, units, net.leaves) < EXACT
     assert check(theta, mutate(net, units), net.leaves) > 1e-3
+
+
+def test_rows_that_are_not_repeated_in_turn_are_seen() -> None:
+    net = Net()
+    theta = F.linear(net.batch[:, :1], net.W, net.b).expand(2, 4, 3)
+    units = linear_units(theta, SampleGate([]))
+    assert units is not None and check(theta, units, net.leaves) < EXACT
+    assert check(theta, replace(units, places=None), net.leaves) > 1e-3
 
 
 def test_jacobian_of_every_graph() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from programs import randn
 from pyro import poutine
-from pyro.infer import TraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO, config_enumerate
 from states import parameters, same
 from torch import Tensor
 from torch.distributions import transform_to
@@ -35,7 +35,7 @@ from pyronat.operators import CholeskyFactor, cholesky
 from pyronat.plans import make_plan
 from pyronat.programs import know
 from pyronat.spectrum import MAX_ROWS, Spectrum, VisibleAverage, sketched
-from pyronat.steps import ConstantDamping, Momentum, RunningAverage
+from pyronat.steps import ConstantDamping, KLTrustRegion, Momentum, RunningAverage
 from pyronat.visible import Dreamer, Measurement, Particles, measure_visible, normalized
 
 EXACT = 1e-9
@@ -412,6 +412,60 @@ def test_chunks_change_nothing(name: str, chunk: int, monkeypatch: pytest.Monkey
     for district, one in expected.averages.items():
         torch.testing.assert_close(gram_of(found.averages[district]), gram_of(one))
     assert torch.equal(found.ess, expected.ess)
+
+
+# --- tables of inputs ---------------------------------------------------------------------------
+
+CODES = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)))
+SHIFT = torch.linspace(-1.0, 1.0, 20).reshape(5, 4)
+
+
+def coded(x: Tensor, shift: Tensor) -> None:
+    """A layer whose inputs are a row of a table for each value of one hidden variable."""
+    with pyro.plate("data", len(x)):
+        h = pyro.sample("h", dist.Categorical(logits=param("top", 8)))
+        logits = linear(CODES.to(x)[h], param("w", 4, 3), param("b", 4)) + shift
+        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("shift", [torch.zeros(()), SHIFT], ids=["alike", "shifted"])
+def test_enumerated_rows_of_a_table_are_weighted_by_their_posterior(shift: Tensor) -> None:
+    """Rows by value lie along another dimension than data, which copy them."""
+    x, shift = BITS.repeat(2, 1)[:5], shift.to(BITS)
+    options = {"trust_region": KLTrustRegion(model=math.inf), "rejection": None}
+    optim = NaturalGradient(geometry=Full("posterior"), lr=1e-9, **options)
+    svi = NaturalSVI(
+        config_enumerate(coded), lambda *data: None, optim, TraceEnum_ELBO(max_plate_nesting=1)
+    )
+    svi.step(x, shift)
+    inputs = torch.cat([torch.ones(8, 1), CODES], 1).to(x)
+    weights = torch.cat([pyro.param("b")[:, None], pyro.param("w")], 1).detach()
+    logits = (inputs @ weights.mT)[:, None] + shift  # [values, 1 or data, units]
+    joint = dist.Bernoulli(logits=logits).log_prob(x).sum(-1) + pyro.param("top").detach()[:, None]
+    information = joint.softmax(0).unsqueeze(-1) * logits.sigmoid() * (-logits).sigmoid()
+    expected = torch.einsum("vdu,vi,vj->uij", information, inputs, inputs)
+    (name,) = optim.sides["model"].average.keys() - {"top"}
+    assert optim.sides["model"].plan.blocks[name].params == ("b", "w")
+    assert (optim.sides["model"].average[name].matrix - expected).abs().max() < 1e-6
+
+
+def test_visible_fisher_of_rows_of_a_table() -> None:
+    x, shift = BITS[:1], torch.zeros(()).to(BITS)
+    torch.manual_seed(0)
+    coded(x, shift)
+    oracle, layout = testing.enumerated_visible_fisher(coded, x, shift)
+    whole, _ = testing.enumerated_fisher(coded, x, shift)
+    geometry = Visible(0, posterior="enumerate", num_dreams=4000, estimator="direct")
+    many = x.expand(1000, -1).clone()
+    fisher = pyronat.fisher(coded, many, shift, geometry=geometry, num_samples=2)
+    places = dict(layout)
+    order = torch.cat([
+        torch.arange(places[name].start, places[name].stop) for name, _ in fisher.full.slices()
+    ])
+    expected, whole = (matrix[order][:, order] for matrix in (oracle, whole))
+    error = (fisher.dense()[0] / len(many) - expected).norm() / expected.norm()
+    assert error < 0.1
+    assert (whole - expected).norm() / expected.norm() > 5 * error
 
 
 # --- effective sample sizes --------------------------------------------------------------------

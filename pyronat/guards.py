@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,11 +49,11 @@ def explained(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generator[None,
 
 
 @contextmanager
-def inside_domain(divergence: float | None) -> Generator[None, None, None]:
+def inside_domain(last_kl: Callable[[], float | None]) -> Generator[None, None, None]:
     """Blames the last step where a distribution's parameters have left their domain.
 
     Args:
-        divergence: of the last step in nats, or None if there was none.
+        last_kl: tells the divergence of the last step in nats, or None if there was none.
 
     Yields:
         Nothing.
@@ -65,7 +65,8 @@ def inside_domain(divergence: float | None) -> Generator[None, None, None]:
     try:
         yield
     except ValueError as error:
-        if divergence is None or "satisfy the constraint" not in str(error):
+        divergence = last_kl() if "satisfy the constraint" in str(error) else None
+        if divergence is None:
             raise
         reason = str(error).splitlines()[0]
         raise NonFiniteStep(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -121,11 +122,18 @@ class NaturalSVI:
         self.loss = Trace_ELBO() if loss is None else loss
         self.callbacks = list(callbacks)
         self._analyzed = False
-        self.info: StepInfo | None = None
+        self._info: StepInfo | Callable[[], StepInfo] | None = None
         self._rejected = self._undone = 0
         self._unclaimed: set[str] = set()
         self._dream_ess: Tensor | None = None
         self._exchange = Exchange()
+
+    @property
+    def info(self) -> StepInfo | None:
+        """The report of the last step, made when it is first asked for; None before the first."""
+        if callable(self._info):
+            self._info = self._info()
+        return self._info
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Estimate of the loss in nats; nothing is changed."""
@@ -194,7 +202,7 @@ class NaturalSVI:
         self._exchange.check()
         self._unclaimed = resume(self.optim, state)
         self._rejected = state["rejected"]
-        self.info = None if state["info"] is None else StepInfo(**state["info"])
+        self._info = None if state["info"] is None else StepInfo(**state["info"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all that training depends on to one file: the way to resume it to the last bit.
@@ -300,12 +308,12 @@ class NaturalSVI:
                     leaf.grad = None
         self._rejected = 0 if trial.finite else self._rejected + 1
         samples = getattr(self.loss, "ess", None), self._dream_ess
-        info = describe(optim, sides, trial, loss, samples, refresh, self._rejected)
+        report = describe(optim, sides, trial, loss, samples, refresh, self._rejected)
         if trial.accepted and trial.proposal is not None:
             optim.commit(sides, trial.proposal, trial.caution, params)
             self._exchange.leaves.update(params)
-        info = replace(info, undone=self._undone, seconds=time.perf_counter() - call.start)
-        self._finish(trial, observer, info)
+        self._info = partial(report, self._undone, time.perf_counter() - call.start)
+        self._finish(trial, observer, loss)
         return loss
 
     def _refreshed(
@@ -482,9 +490,12 @@ class NaturalSVI:
             Suspect: in place of the last three where a last step may be to blame.
         """
         args, kwargs = call.args, call.kwargs
-        kl = None if self.info is None else self.info.kl
+
+        def last_kl() -> float | None:
+            return None if self.info is None else self.info.kl
+
         try:
-            with inside_domain(kl), explained(args, kwargs), watch_traces(self.loss, observer):
+            with inside_domain(last_kl), explained(args, kwargs), watch_traces(self.loss, observer):
                 loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
         except (NonFiniteStep, ValueError, RuntimeError) as error:
             if judged or self.optim.last is None or self.optim.rejection is None:
@@ -492,21 +503,21 @@ class NaturalSVI:
             raise Suspect(math.nan, error=error) from error
         return number_of(loss)
 
-    def _finish(self, trial: Trial, observer: LossObserver, info: StepInfo) -> None:
+    def _finish(self, trial: Trial, observer: LossObserver, loss: float) -> None:
         """Tells the callbacks, and raises where data or several steps in a row are at fault.
 
         Args:
             trial: what came of the gradient.
             observer: has seen the traces of the loss.
-            info: the report.
+            loss: in nats.
 
         Raises:
             InvalidData: if the step was not finite and an observed value is NaN.
             NonFiniteStep: after several steps in a row that were not finite.
         """
-        self.info = info
         for callback in self.callbacks:
-            callback(info, self)
+            assert self.info is not None
+            callback(self.info, self)
         if trial.finite:
             return
         for record in observer.model_sites:
@@ -515,9 +526,9 @@ class NaturalSVI:
                     f"the data of site {record.name!r} hold NaN; the step was not taken. Mask "
                     "missing values with poutine.mask, and replace them by any number"
                 )
-        if info.rejections >= MAX_REJECTED:
+        if self._rejected >= MAX_REJECTED:
             raise NonFiniteStep(
-                f"{info.rejections} steps in a row were not finite (loss {info.loss}); parameters "
+                f"{self._rejected} steps in a row were not finite (loss {loss}); parameters "
                 "and optimizer are those of the last good step. Lower lr or raise the damping"
             )
 

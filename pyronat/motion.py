@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyronat.proposals import Motion, Proposal
-from pyronat.shaping import divergence
+from pyronat.shaping import Shape, shaped
 from pyronat.sides import Role, Side
 from pyronat.steps import Momentum, Shrinkage
 
@@ -37,8 +37,8 @@ class Carry:
         """A step with what it carries over from earlier ones.
 
         Δ_t = β Δ_{t−1} − f η d_t for each program with a metric, with β of `steps.Momentum` and, of
-        the guide, f of `steps.Shrinkage`. Its divergence ½ ΔᵀGΔ is that of the whole step, with the
-        full Fisher information. Parameters that this step does not use keep what earlier ones left.
+        the guide, f of `steps.Shrinkage`. Its divergence is no longer known (`shaping.measured`).
+        Parameters that this step does not use keep what earlier ones left.
 
         Args:
             proposal: the step without.
@@ -50,7 +50,8 @@ class Carry:
             The step, with new `motions`, and "momentum" and "signal" among its scalars.
         """
         changes, scalars = dict(proposal.changes), dict(proposal.scalars)
-        zero = torch.zeros_like(scalars["kl"])
+        scalars.pop("kl", None)
+        zero = torch.zeros_like(scalars["gain"])
         found: dict[str, Motion] = {}
         for role, side in sides.items():
             owned = side.plan.owner() if side.natural else {}
@@ -76,8 +77,6 @@ class Carry:
                 age=age + 1,
             )
             scalars["momentum"] = torch.maximum(scalars.get("momentum", zero), decay)
-        moved = {n: changes[n] for motion in found.values() for n in motion.changes if n in changes}
-        scalars["kl"] = divergence(sides, moved, zero)
         return replace(proposal, changes=changes, scalars=scalars, motions=found)
 
     @property
@@ -107,27 +106,28 @@ class Carry:
         return replace(before, agreement=agreement, power=power), share
 
 
-def within(proposal: Proposal, factor: Tensor) -> Proposal:
+def within(
+    proposal: Proposal, sides: Mapping[Role, Side], gradients: Mapping[str, Tensor], factor: Tensor
+) -> Proposal:
     """A step whose natural part is shortened, and what it leaves to later ones with it.
 
     Args:
         proposal: a step with its motions.
+        sides: curvature that it was made with.
+        gradients: by parameter.
         factor: at most 1.
 
     Returns:
         The step.
     """
-    changes, motions = dict(proposal.changes), {}
-    for role, motion in proposal.motions.items():
-        shorter = {
-            name: factor.to(value) * value
-            for name, value in motion.changes.items()
-            if name in changes
-        }
-        changes.update(shorter)
-        motions[role] = replace(motion, changes={**motion.changes, **shorter})
-    scalars = {**proposal.scalars, "kl": factor**2 * proposal.scalars["kl"]}
-    return replace(proposal, changes=changes, motions=motions, scalars=scalars)
+    proposal = shaped(proposal, sides, gradients, Shape(natural=factor))
+    motions = {
+        role: replace(
+            motion, changes={n: proposal.changes.get(n, old) for n, old in motion.changes.items()}
+        )
+        for role, motion in proposal.motions.items()
+    }
+    return replace(proposal, motions=motions)
 
 
 def _inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor], like: Tensor) -> Tensor:

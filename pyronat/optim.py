@@ -21,7 +21,7 @@ from pyronat.planning import Planner, check_names
 from pyronat.programs import KnownProgram
 from pyronat.proposals import Before, Motion, Proposal, step_scalars
 from pyronat.rejection import DEFAULT, Watch
-from pyronat.shaping import Shape, shaped
+from pyronat.shaping import Shape, measured, shaped
 from pyronat.sides import Kind, Role, Side
 from pyronat.spectrum import VisibleAverage
 from pyronat.steps import (
@@ -358,12 +358,10 @@ class NaturalGradient(pyro.optim.PyroOptim):
         """A step of `propose` within the bound on gradients, with rates of single parameters."""
         lr, step = self.lr, self.step_count
         bound = self.clip.natural_factor(proposal.scalars["natural_norm"])
-        if not isinstance(lr, PerName):
-            return shaped(proposal, sides, gradients, Shape(self.watch.factor, bound))
-        by_name = {name: lr.factor(name, step) for name in proposal.changes}
-        proposal = shaped(proposal, sides, gradients, Shape(self.watch.factor, bound, by_name))
-        inside = self.trust_region.factor(proposal.scalars["kl"])
-        return shaped(proposal, sides, gradients, Shape(natural=inside))
+        by_name = None
+        if isinstance(lr, PerName):
+            by_name = {name: lr.factor(name, step) for name in proposal.changes}
+        return shaped(proposal, sides, gradients, Shape(self.watch.factor, bound, by_name))
 
     def carried(
         self, sides: Mapping[Role, Side], proposal: Proposal, gradients: Mapping[str, Tensor]
@@ -372,11 +370,16 @@ class NaturalGradient(pyro.optim.PyroOptim):
 
         After a step that was taken back, nothing is carried over.
         """
-        if self.carry.is_none:
+        if not self.carry.is_none:
+            before = {} if self.watch.undone else self._motions
+            proposal = self.carry(proposal, sides, gradients, before)
+        elif not isinstance(self.lr, PerName):
+            return proposal  # within the radius as it was proposed
+        if math.isinf(self.trust_region.radius):
             return proposal
-        before = {} if self.watch.undone else self._motions
-        carried = self.carry(proposal, sides, gradients, before)
-        return within(carried, self.trust_region.factor(carried.scalars["kl"]))
+        proposal = measured(proposal, sides)
+        factor = self.trust_region.factor(proposal.scalars["kl"])
+        return within(proposal, sides, gradients, factor)
 
     def shrink(self, gradients: Mapping[str, Tensor]) -> None:
         """Scales gradients without a metric in place, where their norm exceeds its bound."""

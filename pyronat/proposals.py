@@ -42,8 +42,8 @@ class Proposal:
     Attributes:
         changes: what to add to each parameter of a geometry or of the scaled Adam.
         moments: new states of the scaled Adam, by parameter.
-        scalars: length, gain of all natural parameters, model_gain of the model's, kl, grad_norm,
-            natural_norm, cosine and damping, as 0-d tensors.
+        scalars: length, gain of all natural parameters, model_gain of the model's, grad_norm,
+            natural_norm, cosine and damping, and kl where it is known, as 0-d tensors.
         motions: what it leaves to later steps, by program.
     """
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pyronat.optim import NaturalGradient
+from pyronat.shaping import measured
 from pyronat.sides import Role, Side
 from pyronat.spectrum import Spectrum
 from pyronat.steps import RetainedShare
@@ -80,6 +81,10 @@ class StepInfo:
     seconds: float = math.nan
 
 
+Report: TypeAlias = Callable[[int, float], StepInfo]
+"""Steps that were taken back, and seconds → the report. It holds what the step was made with."""
+
+
 def describe(
     optim: NaturalGradient,
     sides: Mapping[Role, Side],
@@ -88,8 +93,8 @@ def describe(
     samples: tuple[float | None, Tensor | None],
     refreshed: bool,
     rejections: int,
-) -> StepInfo:
-    """The report of a step that is not yet committed.
+) -> Report:
+    """The report of a step that is not yet committed, made when it is asked for.
 
     Args:
         optim: the optimizer.
@@ -101,39 +106,52 @@ def describe(
         rejections: steps in a row that were not finite.
 
     Returns:
-        The report, without seconds.
+        Earlier steps that were taken back in the same call, and seconds → the report.
     """
-    names = ("kl", "grad_norm", "natural_norm", "cosine", "damping")
-    values = [math.nan] * len(names)
-    scalars = {} if trial.proposal is None else trial.proposal.scalars
-    if scalars:
-        values = torch.stack([scalars[name] for name in names]).tolist()
-    jitter = max(
-        (block.factor.jitter for side in sides.values() for block in side.solved.values()),
-        default=0.0,
-    )
-    ess, dream_ess = samples
-    spectra = list(sides["model"].spectra.values()) if trial.proposal is not None else []
-    return StepInfo(
-        step=optim.step_count,
-        loss=loss,
-        accepted=trial.accepted,
-        rejected=_reason(trial, loss),
-        rejections=rejections,
-        factor=optim.watch.factor,
-        lr=optim.step_length(trial.used),
-        **dict(zip(names, values, strict=True)),
-        jitter=jitter,
-        mixing=_mixing(optim.mixing(trial.used), spectra),
-        missing=max((some.missing() for some in spectra), default=None),
-        tries=trial.tries,
-        ess=None if ess is None else float(ess),
-        dream_ess=_quantiles(dream_ess),
-        refreshed=refreshed,
-        momentum=float(scalars.get("momentum", 0.0)),
-        signal=float(scalars["signal"]) if "signal" in scalars else None,
-        undone=0,
-    )
+    rule, lr = optim.mixing(trial.used), optim.step_length(trial.used)
+    step, factor, (ess, dream_ess) = optim.step_count, optim.watch.factor, samples
+
+    def report(undone: int, seconds: float) -> StepInfo:
+        scalars = {} if trial.proposal is None else measured(trial.proposal, sides).scalars
+        spectra = list(sides["model"].spectra.values()) if trial.proposal is not None else []
+        return StepInfo(
+            step=step,
+            loss=loss,
+            accepted=trial.accepted,
+            rejected=_reason(trial, loss),
+            rejections=rejections,
+            factor=factor,
+            lr=lr,
+            **_numbers(scalars),
+            jitter=_jitter(sides),
+            mixing=_mixing(rule, spectra),
+            missing=max((some.missing() for some in spectra), default=None),
+            tries=trial.tries,
+            ess=None if ess is None else float(ess),
+            dream_ess=_quantiles(dream_ess),
+            refreshed=refreshed,
+            signal=float(scalars["signal"]) if "signal" in scalars else None,
+            undone=undone,
+            seconds=seconds,
+        )
+
+    return report
+
+
+def _numbers(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """What describes a step, in one transfer; NaN where there is none."""
+    names = ("kl", "grad_norm", "natural_norm", "cosine", "damping", "momentum")
+    if not scalars:
+        return {**dict.fromkeys(names, math.nan), "momentum": 0.0}
+    zero = torch.zeros_like(scalars["kl"])
+    values = torch.stack([scalars.get(name, zero).to(zero) for name in names])
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def _jitter(sides: Mapping[Role, Side]) -> float:
+    """The largest jitter of all factors."""
+    factors = (block.factor for side in sides.values() for block in side.solved.values())
+    return max((factor.jitter for factor in factors), default=0.0)
 
 
 def _mixing(rule: float | RetainedShare, spectra: Sequence[Spectrum]) -> float:

@@ -43,9 +43,9 @@ def shaped(
 ) -> Proposal:
     """A step whose change of each parameter is scaled by a factor.
 
-    Its divergence ½ ΔᵀGΔ is computed anew, with the full Fisher information where factors differ.
-    Predicted gains are sums over parameters of (η − η²/2) gᵀd, with the length η of each: exact
-    where the parameters of a block share their factor.
+    Where factors differ, its divergence is no longer known (`measured`). Predicted gains are sums
+    over parameters of (η − η²/2) gᵀd, with the length η of each: exact where the parameters of a
+    block share their factor.
 
     Args:
         proposal: the step.
@@ -63,11 +63,14 @@ def shaped(
     factors = {name: shape.factor(name, name in natural) for name in proposal.changes}
     changes = {name: factors[name] * value for name, value in proposal.changes.items()}
     scalars, length = dict(proposal.scalars), proposal.scalars["length"]
-    zero = torch.zeros_like(scalars["kl"])
+    zero = torch.zeros_like(scalars["gain"])
     own = {(shape.by_name or {}).get(name, 1.0) for name in changes if name in natural}
     common = shape.whole * shape.natural * (own.pop() if len(own) == 1 else 1.0)
     scalars["length"] = length * common
-    scalars["kl"] = divergence(sides, changes, zero) if own else scalars["kl"] * common**2
+    if "kl" in scalars:
+        scalars["kl"] = scalars["kl"] * common**2
+    if own:
+        scalars.pop("kl", None)
     scalars["gain"] = scalars["model_gain"] = zero
     for name in sorted(natural & gradients.keys() & changes.keys()):
         inner = -(gradients[name] * proposal.changes[name]).sum().to(zero)
@@ -78,8 +81,16 @@ def shaped(
     return replace(proposal, changes=changes, scalars=scalars)
 
 
-def divergence(sides: Mapping[Role, Side], changes: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """½ ΔᵀGΔ over all blocks with a metric, in nats."""
+def measured(proposal: Proposal, sides: Mapping[Role, Side]) -> Proposal:
+    """A step whose divergence ½ ΔᵀGΔ is known, with the full Fisher information, in nats."""
+    if "kl" in proposal.scalars:
+        return proposal
+    zero = torch.zeros_like(proposal.scalars["gain"])
+    scalars = {**proposal.scalars, "kl": _divergence(sides, proposal.changes, zero)}
+    return replace(proposal, scalars=scalars)
+
+
+def _divergence(sides: Mapping[Role, Side], changes: Mapping[str, Tensor], like: Tensor) -> Tensor:
     total = like
     for side in sides.values():
         for name in side.solved if side.natural else ():

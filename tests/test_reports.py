@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,17 @@ from programs import X, guide, model
 from states import parameters, same
 from torch import Tensor
 
-from pyronat import Full, JSONLines, NaturalGradient, NaturalSVI, ReweightedWakeSleep, StepInfo
+from pyronat import (
+    Full,
+    JSONLines,
+    NaturalGradient,
+    NaturalSVI,
+    ReweightedWakeSleep,
+    StepInfo,
+    shaping,
+)
 from pyronat.errors import InvalidData, NonFiniteStep
-from pyronat.steps import LevenbergMarquardt
+from pyronat.steps import KLTrustRegion, LevenbergMarquardt, PerName
 
 
 def training(*callbacks: Callable[..., Any], **options: Any) -> NaturalSVI:
@@ -186,6 +194,52 @@ def test_a_closed_log_refuses_and_the_step_stands(tmp_path: Path) -> None:
     assert svi.optim.step_count == 2
     with pytest.raises(OSError):
         JSONLines(tmp_path / "nowhere" / "log.jsonl")
+
+
+# --- cost --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("radius", [math.inf, 0.01])
+@pytest.mark.parametrize("lr", [0.05, PerName(0.05, {"W": 2.0})], ids=["one rate", "by name"])
+def test_a_divergence_is_computed_once_where_it_is_wanted(
+    lr: Any, radius: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the radius at each step, else by who reads the report."""
+    found: list[Tensor] = []
+    original = shaping._divergence
+
+    def counted(*args: Any) -> Tensor:
+        found.append(original(*args))
+        return found[-1]
+
+    monkeypatch.setattr(shaping, "_divergence", counted)
+    optim = NaturalGradient(lr, trust_region=KLTrustRegion(radius))
+    svi = NaturalSVI(model, guide, optim)
+    steps = 4
+    for _ in range(steps):
+        svi.step(X)
+    assert len(found) == (steps if radius < 1 else 0)
+    assert svi.info is not None and svi.info is svi.info
+    assert len(found) == (steps if radius < 1 else 1)
+    assert svi.info.kl == pytest.approx(min(radius, float(found[-1])))
+    svi.step(X)
+    assert len(found) == (steps + 1 if radius < 1 else 1)
+
+
+def test_reports_that_are_read_late_are_those_of_their_step() -> None:
+    """The step's curvature and changes are its own, whatever comes after."""
+    early, late = [], []
+    for kept, read in ((early, True), (late, False)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = NaturalSVI(model, guide, NaturalGradient(0.05))
+        for _ in range(7):
+            svi.step(X)
+            kept.append(svi.info if read else svi._info)
+    read_late = [info() for info in late]
+    assert [replace(info, seconds=0.0) for info in read_late] == [
+        replace(info, seconds=0.0) for info in early
+    ]
 
 
 # --- completeness ------------------------------------------------------------------------------

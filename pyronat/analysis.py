@@ -19,6 +19,7 @@ from pyronat.graph import BayesNet, Edge, Site
 from pyronat.layers import find_layers
 from pyronat.partition import IRREGULAR, FactorStructure, blocks_of, check_regular
 from pyronat.tracing import Program
+from pyronat.weights import elements_of
 
 
 def analyze(
@@ -120,6 +121,7 @@ def _site(site: SiteFlow) -> Site:
         params=site.params,
         reads_data=tuple(sorted(site.data)),
         coupled_plates=site.coupled,
+        elements=elements_of(record.distribution),
     )
 
 

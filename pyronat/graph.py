@@ -33,6 +33,8 @@ class Site:
             not from the site's value; such a program cannot be run on simulated data.
         coupled_plates: plates along which an element of the distribution depends on values or
             arguments of other elements, as after BatchNorm; their elements are not independent.
+        elements: pixels, items or words of one value in the analyzed run, see
+            `weights.elements_of`.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Site:
     params: tuple[str, ...]
     reads_data: tuple[str, ...] = ()
     coupled_plates: tuple[str, ...] = ()
+    elements: int = 1
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,7 @@ class Plan:
     @cached_property
     def widths(self) -> dict[str, int]:
         """Elements of a datum at the narrowest site of each block; a prior may be as wide as it."""
-        elements = {
-            site.name: prod(site.shape[len(site.shape) - site.event_dim :])
-            for site in self.net.sites
-        }
+        elements = {site.name: site.elements for site in self.net.sites}
         return {
             name: min(elements[site] for site in block.sites) for name, block in self.blocks.items()
         }

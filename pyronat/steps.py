@@ -425,8 +425,8 @@ class KLTrustRegion:
         guide: the same, per datum, of what a step does to the rest of a guide. A guide of global
             variables is one datum: its gradient comes from a few draws, of which a long step makes
             too much.
-        model: the same of what a step does to the rest of a model, per element of the widest site:
-            per pixel of an image. Far from the data, dreams say little about what data reach.
+        model: the same of what a step does to the rest of a model, per element of a datum: pixel,
+            item or word. Far from the data, dreams say little about what data reach.
 
     All but the radius bound the new part of a step, before momentum.
     """

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyronat.wrappers import wrappers
+from pyronat.wrappers import peel, wrappers
+
+_OF_ITEMS = frozenset({"BetaBinomial", "Binomial", "DirichletMultinomial", "Multinomial"})
+"""Families whose values count items, `total_count` of them."""
 
 
 def spread_weights(weights: Tensor, distribution: Distribution) -> Tensor:
@@ -41,6 +46,44 @@ def joined_dims(distribution: Distribution) -> int:
     return sum(
         getattr(wrapper, "reinterpreted_batch_ndims", 0) for wrapper in wrappers(distribution)
     )
+
+
+def elements_of(distribution: Distribution) -> int:
+    """Elements of one value of a distribution: pixels, items, words.
+
+    They do not depend on how it is written. A category is one element, as a number or one-hot.
+    Counts of N items are N, as N categories would be. A vector has as many as coordinates, whether
+    they are independent or not; K shares that sum to 1 have K − 1, as K − 1 sticks broken one by
+    one would, and `Beta` has 1.
+
+    Args:
+        distribution: with its wrappers.
+
+    Returns:
+        At least 1. Where counts differ between batch elements, their mean.
+    """
+    joined = prod(
+        size
+        for wrapper in wrappers(distribution)
+        for size in _joined_shape(wrapper, getattr(wrapper, "reinterpreted_batch_ndims", 0))
+    )
+    return max(1, joined * _of_one(peel(distribution)))
+
+
+def _joined_shape(wrapper: Any, dims: int) -> torch.Size:
+    """Sizes of the batch dimensions that a wrapper makes part of an event."""
+    shape: torch.Size = wrapper.base_dist.batch_shape
+    return shape[len(shape) - dims :]
+
+
+def _of_one(base: Any) -> int:
+    kind, shape = type(base).__name__, base.event_shape
+    size: int = shape.numel()
+    if "OneHotCategorical" in kind:
+        return 1
+    if kind in _OF_ITEMS:
+        return round(torch.as_tensor(base.total_count, dtype=torch.float64).mean().item())
+    return size - 1 if kind == "Dirichlet" else size
 
 
 def without_copies(tensor: Tensor, repeated: Iterable[int]) -> Tensor:

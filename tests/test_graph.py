@@ -175,6 +175,7 @@ def test_graph_attributes() -> None:
         "params": ("W", "b"),
         "reads_data": ("y",),
         "coupled_plates": (),
+        "elements": 1,
     }
     assert net.graph.edges["z", "x"] == {"kind": "data"}
     assert net.graph.edges["z", "y"] == {"kind": "control"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -23,6 +24,7 @@ from pyronat.steps import (
     RunningAverage,
     Shrinkage,
 )
+from pyronat.weights import elements_of
 
 FREE = KLTrustRegion(network=math.inf, guide=math.inf, model=math.inf)
 STILL = RunningAverage(0.0, 1)
@@ -293,6 +295,76 @@ def test_models_are_bounded_per_element(as_event: bool) -> None:
         assert svi.info is not None
         moved[width] = svi.info.kl
     assert moved == {1: pytest.approx(0.1 * 8), 5: pytest.approx(0.1 * 8 * 5)}
+
+
+ELEMENTS = {
+    "a number": (dist.Normal(torch.zeros(4), 1.0), 1),
+    "pixels": (dist.Bernoulli(logits=torch.zeros(4, 6)).to_event(1), 6),
+    "an image": (dist.Bernoulli(logits=torch.zeros(4, 2, 3)).to_event(2), 6),
+    "expanded": (dist.Bernoulli(logits=torch.zeros(1)).expand([4, 6]).to_event(1), 6),
+    "masked": (dist.Bernoulli(logits=torch.zeros(4, 6)).mask(torch.ones(4, 6) > 0).to_event(1), 6),
+    "transformed": (dist.LogNormal(torch.zeros(4, 6), 1.0).to_event(1), 6),
+    "a category": (dist.Categorical(logits=torch.zeros(4, 5)), 1),
+    "one-hot": (dist.OneHotCategorical(logits=torch.zeros(4, 5)), 1),
+    "one-hot, straight through": (dist.OneHotCategoricalStraightThrough(logits=torch.zeros(5)), 1),
+    "one-hot, relaxed": (
+        dist.RelaxedOneHotCategorical(torch.tensor(0.5), logits=torch.zeros(5)),
+        1,
+    ),
+    "items": (dist.Categorical(logits=torch.zeros(4, 6, 5)).to_event(1), 6),
+    "one-hot items": (dist.OneHotCategorical(logits=torch.zeros(4, 6, 5)).to_event(1), 6),
+    "words": (dist.Multinomial(7, logits=torch.zeros(4, 5)), 7),
+    "words of any document": (dist.DirichletMultinomial(torch.ones(5), 7), 7),
+    "successes": (dist.Binomial(7, logits=torch.zeros(4)), 7),
+    "successes of single data": (dist.Binomial(torch.tensor([1.0, 5.0]), logits=torch.zeros(2)), 3),
+    "no trial": (dist.Binomial(0, logits=torch.zeros(4)), 1),
+    "failures": (dist.NegativeBinomial(7, logits=torch.zeros(4)), 1),
+    "a vector": (dist.Normal(torch.zeros(4, 3), 1.0).to_event(1), 3),
+    "a joint vector": (dist.MultivariateNormal(torch.zeros(4, 3), torch.eye(3)), 3),
+    "shares": (dist.Dirichlet(torch.ones(4, 3)), 2),
+    "a share": (dist.Beta(torch.ones(4), 1.0), 1),
+    "two shares": (dist.Dirichlet(torch.ones(4, 2)), 1),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_elements_are_pixels_items_and_words(name: str) -> None:
+    distribution, expected = ELEMENTS[name]
+    assert elements_of(distribution) == expected
+
+
+def far_category(x: Tensor) -> None:
+    logits = pyro.param("logits", torch.tensor([3.0, 0.0, 0.0, 0.0]))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Categorical(logits=logits), obs=x)
+
+
+def far_one_hot(x: Tensor) -> None:
+    logits = pyro.param("logits", torch.tensor([3.0, 0.0, 0.0, 0.0]))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.OneHotCategorical(logits=logits), obs=torch.eye(4)[x])
+
+
+def far_counts(x: Tensor) -> None:
+    """All data in one count."""
+    logits = pyro.param("logits", torch.tensor([3.0, 0.0, 0.0, 0.0]))
+    counts = torch.bincount(x, minlength=4).to(logits)
+    pyro.sample("x", dist.Multinomial(len(x), logits=logits), obs=counts)
+
+
+@pytest.mark.parametrize("program", [far_category, far_one_hot, far_counts])
+def test_a_category_is_bounded_alike_however_it_is_written(program: Callable[..., None]) -> None:
+    x, moved = torch.arange(8) % 4, []
+    for bound in (0.03, math.inf):
+        pyro.clear_param_store()
+        region, damping = KLTrustRegion(model=bound), ConstantDamping(1e-9)
+        optim = NaturalGradient(0.5, Full("exact"), trust_region=region, damping=damping)
+        svi = NaturalSVI(program, no_guide, optim)
+        svi.step(x)
+        assert svi.info is not None
+        moved.append(svi.info.kl)
+    assert moved[0] == pytest.approx(0.03 * len(x))
+    assert moved[1] > 3 * moved[0]
 
 
 def branching(x: Tensor, both: bool) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyronat.averaging import Exchange
 from pyronat.checkpoints import Claims, read, write
-from pyronat.errors import InvalidData, NoAverage, NonFiniteStep, StructureChanged
+from pyronat.errors import NoAverage, NonFiniteStep, StructureChanged
 from pyronat.expectation import Averaging, LossObserver, check_simulable
 from pyronat.geometry import Visible
 from pyronat.graph import BayesNet
@@ -56,15 +56,12 @@ from pyronat.trials import (
     Undo,
     applied,
     before_last_step,
+    check_finite,
     compare,
     gradient_of,
     taken,
     watch_loss,
 )
-
-MAX_REJECTED = 3
-"""Rejected steps in a row after which training stops with an error."""
-
 
 Callback: TypeAlias = Callable[[StepInfo, "NaturalSVI"], None]
 """Called after each step with its report and the training."""
@@ -276,6 +273,31 @@ class NaturalSVI:
             f"the programs took {MAX_BRANCHES} branches in one step that were all new"
         )
 
+    def settle(self, *args: Any, **kwargs: Any) -> bool:
+        """Judges the last step, which no further one will, and takes it back where it did harm.
+
+        The loss is evaluated after the step and before it, on the same random numbers. Where it is
+        lower before, or not finite after, parameters and optimizer go back there. Meant for the end
+        of a training, on data that are worth trusting, as the whole data set; no step is taken.
+
+        Args:
+            *args: arguments of model and guide.
+            **kwargs: keyword arguments of model and guide.
+
+        Returns:
+            Whether the step was taken back; False, too, where none was taken or it was so before.
+
+        Raises:
+            InvalidData: if the loss of these data is finite neither before nor after the step.
+            ValueError: with `rejection=None`, which keeps nothing to go back to.
+            AveragesInPlace: in the context of `averaged`.
+        """
+        self._exchange.check()
+        if not self._analyzed and self.optim.last is not None:
+            self._analyze(args, kwargs)  # a checkpoint was loaded
+        call = Call(args, kwargs, (get_rng_state(), random_state()), time.perf_counter())
+        return Judge(self.model, self.guide, self.loss).settled(self.optim, call)
+
     def _try_step(self, call: Call, judged: bool) -> float:
         """One step, or none if a program takes a branch that is not known."""
         optim = self.optim
@@ -313,7 +335,10 @@ class NaturalSVI:
             optim.commit(sides, trial.proposal, trial.caution, params)
             self._exchange.leaves.update(params)
         self._info = partial(report, self._undone, time.perf_counter() - call.start)
-        self._finish(trial, observer, loss)
+        for callback in self.callbacks:
+            assert self.info is not None
+            callback(self.info, self)
+        check_finite(trial, observer.model_sites, loss, self._rejected)
         return loss
 
     def _refreshed(
@@ -502,35 +527,6 @@ class NaturalSVI:
                 raise
             raise Suspect(math.nan, error=error) from error
         return number_of(loss)
-
-    def _finish(self, trial: Trial, observer: LossObserver, loss: float) -> None:
-        """Tells the callbacks, and raises where data or several steps in a row are at fault.
-
-        Args:
-            trial: what came of the gradient.
-            observer: has seen the traces of the loss.
-            loss: in nats.
-
-        Raises:
-            InvalidData: if the step was not finite and an observed value is NaN.
-            NonFiniteStep: after several steps in a row that were not finite.
-        """
-        for callback in self.callbacks:
-            assert self.info is not None
-            callback(self.info, self)
-        if trial.finite:
-            return
-        for record in observer.model_sites:
-            if record.observed and bool(torch.isnan(record.value).any()):
-                raise InvalidData(
-                    f"the data of site {record.name!r} hold NaN; the step was not taken. Mask "
-                    "missing values with poutine.mask, and replace them by any number"
-                )
-        if self._rejected >= MAX_REJECTED:
-            raise NonFiniteStep(
-                f"{self._rejected} steps in a row were not finite (loss {loss}); parameters "
-                "and optimizer are those of the last good step. Lower lr or raise the damping"
-            )
 
 
 def _mixed(seed: int, step: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -12,16 +12,20 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyronat.errors import Diverged, PyronatError
+from pyronat.errors import Diverged, InvalidData, NonFiniteStep, PyronatError
 from pyronat.guards import all_finite
 from pyronat.optim import NaturalGradient
 from pyronat.others import state_of, with_moments_of
 from pyronat.proposals import Before, Proposal
+from pyronat.records import SiteRecord
 from pyronat.refresh import Call
 from pyronat.sides import Role, Side
-from pyronat.steps import Caution, Evidence, Searched, Tally
+from pyronat.steps import Caution, Evidence, Rejection, Searched, Tally
 from pyronat.tracing import Program, inside_support, stored_leaves
 from pyronat.validation import after_step, ahead, compared
+
+MAX_REJECTED = 3
+"""Rejected steps in a row after which training stops with an error."""
 
 MAX_SHORTER = 20
 """Steps that are tried with one gradient until one stays in the support of all parameters."""
@@ -215,6 +219,34 @@ def _watched(
     return replace(caution, before=before, promised=float(proposal.scalars["model_gain"]))
 
 
+def check_finite(trial: Trial, sites: Iterable[SiteRecord], loss: float, rejected: int) -> None:
+    """Raises where data or several steps in a row are at fault.
+
+    Args:
+        trial: what came of the gradient.
+        sites: of the model, in a run of the loss.
+        loss: in nats.
+        rejected: steps in a row that were not finite.
+
+    Raises:
+        InvalidData: if the step was not finite and an observed value is NaN.
+        NonFiniteStep: after several steps in a row that were not finite.
+    """
+    if trial.finite:
+        return
+    for record in sites:
+        if record.observed and bool(torch.isnan(record.value).any()):
+            raise InvalidData(
+                f"the data of site {record.name!r} hold NaN; the step was not taken. Mask "
+                "missing values with poutine.mask, and replace them by any number"
+            )
+    if rejected >= MAX_REJECTED:
+        raise NonFiniteStep(
+            f"{rejected} steps in a row were not finite (loss {loss}); parameters "
+            "and optimizer are those of the last good step. Lower lr or raise the damping"
+        )
+
+
 def gradient_of(leaf: Tensor) -> Tensor:
     """The gradient of a leaf, 0 where it has none."""
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
@@ -264,12 +296,7 @@ class Judge:
             before = self.evaluate(call) if known else math.nan
         if not rule.blames(optim.watch, suspect.loss / data, before / data):
             return False
-        _put(stored_leaves(), last.params)
-        others = with_moments_of(last.state["others"], state_of(optim.other_optimizer()))
-        optim.take({**last.state, "others": others})
-        optim.last, optim.watch = None, rule.shorter(optim.watch)
-        if optim.rule is not None and isinstance(optim.caution, Searched):
-            optim.caution = optim.rule.judged(optim.caution, -math.inf)
+        _take_back(optim, rule, last)
         undone, best = optim.watch.undone, optim.watch.best
         if undone > rule.max_undone:
             optim.watch = replace(optim.watch, undone=0)
@@ -280,6 +307,42 @@ class Judge:
                 "optimizer are those of the last good step. Lower lr, or bound steps with "
                 "trust_region=KLTrustRegion(1.0)"
             ) from suspect.error
+        return True
+
+    def settled(self, optim: NaturalGradient, call: Call) -> bool:
+        """Takes the last step back, if the loss is lower before it; see `NaturalSVI.settle`.
+
+        Args:
+            optim: the optimizer.
+            call: arguments and random numbers of the loss.
+
+        Returns:
+            Whether the step was taken back.
+
+        Raises:
+            InvalidData: if the loss is finite neither before nor after the step.
+            ValueError: if nothing is ever kept to go back to.
+        """
+        rule, last = optim.rejection, optim.last
+        if rule is None:
+            raise ValueError(
+                "NaturalGradient(rejection=None) keeps no parameters to go back to; give it a "
+                "pyronat.steps.Rejection()"
+            )
+        if last is None:
+            return False
+        after = self.evaluate(call)
+        with before_last_step(optim) as known:
+            before = self.evaluate(call) if known else math.nan
+        if not (math.isfinite(before) or math.isfinite(after)):
+            raise InvalidData(
+                f"the loss is {after} after the last step and {before} before it: these data do "
+                "not tell which is better, and nothing was changed. evaluate_loss on them shows "
+                "the cause"
+            )
+        if after <= before or not math.isfinite(before):
+            return False
+        _take_back(optim, rule, last)
         return True
 
     def gain(
@@ -361,6 +424,16 @@ class Judge:
         finally:
             for name, leaf in params.items():
                 leaf.grad = before[name]
+
+
+def _take_back(optim: NaturalGradient, rule: Rejection, last: Before) -> None:
+    """Parameters and optimizer are those before the last step, and further ones shorter."""
+    _put(stored_leaves(), last.params)
+    others = with_moments_of(last.state["others"], state_of(optim.other_optimizer()))
+    optim.take({**last.state, "others": others})
+    optim.last, optim.watch = None, rule.shorter(optim.watch)
+    if optim.rule is not None and isinstance(optim.caution, Searched):
+        optim.caution = optim.rule.judged(optim.caution, -math.inf)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from torch.distributions import transform_to
 
 from models.registry import programs
 from pyronat import Euclidean, Full, NaturalGradient, NaturalSVI, StepInfo, infer
-from pyronat.errors import Diverged, NonFiniteStep, PyronatError
+from pyronat.errors import AveragesInPlace, Diverged, InvalidData, NonFiniteStep, PyronatError
 from pyronat.rejection import Rejection, Watch
 from pyronat.steps import ConstantDamping, KLTrustRegion, LevenbergMarquardt, PolyakRuppert
 from pyronat.tracing import data_count, records_of
@@ -191,6 +191,56 @@ def test_a_step_is_taken_back_to_the_last_bit(name: str, monkeypatch: pytest.Mon
     assert max(losses) == losses[0]
     svi.step(X)
     assert svi.info.undone == 0
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("harmful", [True, False])
+def test_the_last_step_is_settled(name: str, harmful: bool) -> None:
+    """Taken back to the last bit where it did harm; a good one, the control, stands."""
+    svi = jumping(3 if harmful else 99, **OPTIONS[name])
+    for _ in range(3):
+        svi.step(X)
+    before = parameters(), svi.optim.moving_state()
+    svi.step(X)
+    after, random = (parameters(), svi.optim.moving_state()), torch.get_rng_state()
+    assert not same(after, before)
+    assert svi.settle(X) == harmful
+    assert same((parameters(), svi.optim.moving_state()), before if harmful else after)
+    assert torch.equal(torch.get_rng_state(), random) and svi.optim.step_count == 4
+    assert not svi.settle(X)
+    assert math.isfinite(svi.step(X))
+    assert svi.info is not None and svi.info.factor == (0.5 if harmful else 1.0)
+
+
+def test_the_last_step_of_a_checkpoint_is_settled(tmp_path: Path) -> None:
+    svi = jumping()
+    for _ in range(3):
+        svi.step(X)
+    before = parameters()
+    svi.step(X)
+    svi.save(tmp_path / "state")
+    pyro.clear_param_store()
+    other = jumping()
+    other.load(tmp_path / "state")
+    assert not same(parameters(), before)
+    assert other.settle(X) and same(parameters(), before)
+    assert math.isfinite(other.step(X))
+
+
+def test_what_cannot_be_settled() -> None:
+    svi = jumping(averaging=PolyakRuppert())
+    assert not svi.settle(X)
+    svi.step(X)
+    after = parameters()
+    with warnings.catch_warnings(), pyro.validation_enabled(False):
+        warnings.simplefilter("ignore")
+        with pytest.raises(InvalidData, match="nan before it.*evaluate_loss"):
+            svi.settle(X * math.nan)
+    with svi.averaged(), pytest.raises(AveragesInPlace):
+        svi.settle(X)
+    assert same(parameters(), after)
+    with pytest.raises(ValueError, match=r"Rejection\(\)"):
+        jumping(rejection=None).settle(X)
 
 
 @pytest.mark.parametrize("at", [0, 3])

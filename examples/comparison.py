@@ -1,6 +1,7 @@
 """What the examples share that compare Adam with natural gradients."""
 
 from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -13,7 +14,7 @@ import pyronat
 from pyronat.steps import LinearDecay
 
 Data = tuple[Tensor, ...]
-Step = Callable[[Data], None]
+Step = Callable[[Data], object]
 """Takes a step on a batch."""
 
 
@@ -35,6 +36,25 @@ def batches(data: Data, batch_size: int | None, seed: int) -> Iterator[Data]:
         else:
             for index in torch.randperm(len(data[0]), generator=generator).split(batch_size):
                 yield tuple(value[index] for value in data)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of the first step, by the name of a parameter.
+
+    Attributes:
+        model: That of the model.
+        guide: That of the guide.
+        guide_params: Names of the guide's parameters.
+    """
+
+    model: float
+    guide: float
+    guide_params: Set[str]
+
+    def __call__(self, name: str) -> dict[str, float]:
+        """Options of an optimizer."""
+        return {"lr": self.guide if name in self.guide_params else self.model}
 
 
 def adam(
@@ -60,12 +80,8 @@ def adam(
     Returns:
         Function that takes a step.
     """
-
-    def options(name: str) -> dict[str, float]:
-        own = guide_rate is not None and name in guide_params
-        return {"lr": guide_rate if own else rate}
-
-    return _stock(model, guide, loss, torch.optim.Adam, options, steps)
+    rates = Rates(rate, rate if guide_rate is None else guide_rate, guide_params)
+    return stock(model, guide, loss, torch.optim.Adam, rates, LinearDecay(1.0, steps))
 
 
 def descent(model: Any, guide: Any, loss: ELBO, rate: float, steps: int) -> Step:
@@ -81,17 +97,33 @@ def descent(model: Any, guide: Any, loss: ELBO, rate: float, steps: int) -> Step
     Returns:
         Function that takes a step.
     """
-    return _stock(model, guide, loss, torch.optim.SGD, {"lr": rate}, steps)
+    rates = Rates(rate, rate, frozenset())
+    return stock(model, guide, loss, torch.optim.SGD, rates, LinearDecay(1.0, steps))
 
 
-def _stock(
-    model: Any, guide: Any, loss: ELBO, optimizer: type[Optimizer], options: Any, steps: int
+def stock(
+    model: Any,
+    guide: Any,
+    loss: ELBO,
+    optimizer: type[Optimizer],
+    rates: Rates,
+    decay: Callable[[int], float],
 ) -> Step:
-    optim = pyro.optim.LambdaLR({
-        "optimizer": optimizer,
-        "optim_args": options,
-        "lr_lambda": LinearDecay(1.0, steps),
-    })
+    """Stock `SVI` with an optimizer of torch.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        loss: The loss.
+        optimizer: The optimizer.
+        rates: Its rates at the first step.
+        decay: Factor on the rates, by the number of the step.
+
+    Returns:
+        Function that takes a step.
+    """
+    options = {"optimizer": optimizer, "optim_args": rates, "lr_lambda": decay}
+    optim = pyro.optim.LambdaLR(options)
     svi = SVI(model, guide, optim, loss)
 
     def step(data: Data) -> None:
@@ -117,11 +149,7 @@ def natural(model: Any, guide: Any, loss: ELBO, rate: float, steps: int, **optio
     """
     optim = pyronat.NaturalGradient(lr=LinearDecay(rate, steps), **options)
     svi = pyronat.NaturalSVI(model, guide, optim, loss)
-
-    def step(data: Data) -> None:
-        svi.step(*data)
-
-    return step
+    return lambda data: svi.step(*data)
 
 
 def negative_elbo(loss: ELBO, model: Any, guide: Any, data: Data) -> float:

@@ -32,12 +32,11 @@ import numpy as np
 import pyro
 import torch
 from matplotlib.figure import Figure
-from pyro.infer import SVI
 from sklearn.datasets import fetch_openml, get_data_home
 from torch import Tensor
 
 import pyronat
-from examples.comparison import Step, batches, markdown
+from examples.comparison import Rates, Step, batches, markdown, stock
 from models.helmholtz import Helmholtz
 
 HIDDEN = (200, 200)
@@ -250,7 +249,7 @@ def make_loss() -> pyronat.ReweightedWakeSleep:
     return pyronat.ReweightedWakeSleep(NUM_PARTICLES, vectorize_particles=True, max_plate_nesting=1)
 
 
-def stock(
+def plain(
     optimizer: type[torch.optim.Optimizer],
     scale: float,
     machine: Helmholtz,
@@ -262,30 +261,16 @@ def stock(
     Args:
         optimizer: The optimizer.
         scale: Factor on its rates.
-        machine: The machine to train.
+        machine: The machine to train, whose parameters are in the store.
         rate: Rates of the first step.
         clock: Training time, with which they fall.
 
     Returns:
         Function that takes a step.
     """
-
-    def options(name: str) -> dict[str, float]:
-        of_guide = name.startswith("recognition")
-        return {"lr": scale * (rate.guide if of_guide else rate.model)}
-
-    optim = pyro.optim.LambdaLR({
-        "optimizer": optimizer,
-        "optim_args": options,
-        "lr_lambda": clock.decay,
-    })
-    svi = SVI(machine.model, machine.guide, optim, make_loss())
-
-    def step(data: tuple[Tensor, ...]) -> None:
-        svi.step(*data)
-        optim.step()
-
-    return step
+    of_guide = {name for name in pyro.get_param_store() if name.startswith("recognition")}
+    rates = Rates(scale * rate.model, scale * rate.guide, of_guide)
+    return stock(machine.model, machine.guide, make_loss(), optimizer, rates, clock.decay)
 
 
 def natural(
@@ -304,11 +289,7 @@ def natural(
     """
     optim = pyronat.NaturalGradient(lr=lambda step: rate.model * clock.decay(step), **options())
     svi = pyronat.NaturalSVI(machine.model, machine.guide, optim, make_loss())
-
-    def step(data: tuple[Tensor, ...]) -> None:
-        svi.step(*data)
-
-    return step
+    return lambda data: svi.step(*data)
 
 
 def grid(*texts: str) -> tuple[Rate, ...]:
@@ -321,18 +302,18 @@ METHODS: dict[str, Method] = {
     "adam": Method(
         "Adam",
         grid("0.003", "0.006", "0.01", "0.02", "0.03"),
-        partial(stock, torch.optim.Adam, 1.0),
+        partial(plain, torch.optim.Adam, 1.0),
     ),
     "two-rate": Method(
         "Adam, two rates",
         grid("0.01:0.003", "0.02:0.006", "0.03:0.006", "0.05:0.006", "0.05:0.01"),
-        partial(stock, torch.optim.Adam, 1.0),
+        partial(plain, torch.optim.Adam, 1.0),
     ),
     "gd": Method(
         "gradient descent",
         grid("0.1", "0.3", "1", "3", "10"),
         # The loss is a sum over the batch.
-        partial(stock, torch.optim.SGD, 1 / BATCH_SIZE),
+        partial(plain, torch.optim.SGD, 1 / BATCH_SIZE),
     ),
     "full": Method("natural, defaults", NATURAL_RATE, partial(natural, dict)),
     "visible": Method(

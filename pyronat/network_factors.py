@@ -11,8 +11,9 @@ from torch import Tensor
 from pyronat.curvature import Curvature, Factor
 from pyronat.datum_rows import Data, LayerRows, along_rows, by_datum
 from pyronat.errors import UnsupportedProgram
-from pyronat.factored import Explicit, Kronecker, Outer, Piece, Rows
+from pyronat.factored import Explicit, Outer, Piece, Rows
 from pyronat.families import Group
+from pyronat.kronecker import Kronecker
 from pyronat.operators import BlockOperator, Diagonal
 from pyronat.records import SiteRecord
 

@@ -52,8 +52,9 @@ _REQUIRED = dict.fromkeys(
     "step_count seed caution sides moments motions others averages watch last".split()
 )
 
-RARE_REFRESH = 20
-"""Steps between measurements of curvature where there are networks or layers in one basis."""
+USUAL = RunningAverage(refresh=5, longest=20)
+RARE = RunningAverage(refresh=20, longest=80)
+"""When curvature is measured; the latter where there are networks or layers in one basis."""
 
 
 class NaturalGradient(pyro.optim.PyroOptim):
@@ -122,7 +123,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self.last: Before | None = None
         self.adaptation = adaptation(self.geometry, self.damping, self.lr, self.clip)
         self.carry = Carry(self.adaptation.momentum(momentum), self.adaptation.shrinkage(shrinkage))
-        whole = RunningAverage() if self.rule is None else RunningAverage(0.0, 1)
+        whole = USUAL if self.rule is None else RunningAverage(0.0, 1)
         self._curvature = curvature
         self.curvature = curvature or whole
         self.others = others
@@ -196,7 +197,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         blocks = [b for s in self.sides.values() if s.natural for b in s.plan.blocks.values()]
         large = any(b.network or b.structure == "shared" for b in blocks)
         if large and self._curvature is None and self.rule is None:
-            self.curvature = RunningAverage(refresh=RARE_REFRESH)
+            self.curvature = RARE
 
     def replan(self, programs: Mapping[Role, KnownProgram]) -> None:
         """Plans the curvature of programs that are known better than before.
@@ -263,7 +264,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
     def refresh_due(self) -> bool:
         """Whether this step measures curvature."""
         incomplete = any(not side.complete for side in self.sides.values())
-        return incomplete or self.step_count % self.curvature.refresh == 0
+        return incomplete or self.curvature.is_due(self.step_count)
 
     # One step, computed without side effects
 

@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"rates", "rejection"}),
     frozenset({"blocks", "lattices", "autograd", "operators", "steps", "guards"})
     | {"closed_forms", "wrappers"},
-    frozenset({"shared"}),
+    frozenset({"shared", "kronecker"}),
     frozenset({"graph", "operations", "entries", "records", "geometry", "spectrum"})
     | {"joint_forms", "layers", "factored", "weights", "tables", "averaging"},
     frozenset({"index_rules", "families"}),

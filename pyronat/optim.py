@@ -74,8 +74,9 @@ class NaturalGradient(pyro.optim.PyroOptim):
         damping: rule for λ, or `steps.LevenbergMarquardt()` for exact losses on whole data sets.
         trust_region: bound on the divergence of a step.
         curvature: how curvature is averaged over steps and how often it is measured. By default
-            every 5 steps, every 20 where there are networks or wide layers, and at every step and
-            without the past where `steps.LevenbergMarquardt` adapts a number.
+            every 5 steps, every 20 where there are networks or wide layers, ever rarer up to every
+            20 and 80 as training lasts (`steps.RunningAverage`); at every step and without the past
+            where `steps.LevenbergMarquardt` adapts a number.
         others: a Pyro optimizer for all parameters without a metric. By default those of a
             Euclidean side take steps of `steps.ReachScaledAdam`; those without a Fisher
             information, or in a dense block too large to measure, of Adam with rate 1e-3.

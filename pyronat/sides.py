@@ -20,7 +20,7 @@ from pyronat.operators import BlockOperator, Solver, Whitener, add_parts
 from pyronat.plans import Plan
 from pyronat.programs import KnownProgram
 from pyronat.spectrum import Spectrum, VisibleAverage, spectrum
-from pyronat.steps import Damping, RetainedShare, RunningAverage
+from pyronat.steps import BOUNDED_TOGETHER, Damping, RetainedShare, RunningAverage
 
 Role: TypeAlias = Literal["model", "guide"]
 
@@ -28,7 +28,7 @@ Kind: TypeAlias = Literal["network", "guide", "model"]
 """Blocks whose steps are bounded together."""
 
 Bound: TypeAlias = Callable[[Kind, Tensor], Tensor]
-"""dᵀGd of all blocks of a kind, per datum or element, → factor on their directions."""
+"""dᵀGd of all blocks of a kind, for each datum or part of it, → factor on their directions."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class Side:
 
         Args:
             products: of each block.
-            bound: (kind, dᵀGd per datum, per element of the rest of a model) → factor.
+            bound: (kind, dᵀGd for each datum, or each part of it that is bounded) → factor.
 
         Returns:
             The factor by block.
@@ -258,13 +258,21 @@ class Side:
             names = [name for name in products if self._kind(name) == kind]
             if names:
                 quadratic = torch.stack([products[name][3] for name in names]).sum().clamp_min(0)
-                masses = [self.average[name].mass.to(quadratic) for name in names]
-                if kind == "model":
-                    masses = [m * self.plan.widths[n] for m, n in zip(masses, names, strict=True)]
+                masses = [
+                    self.average[name].mass.to(quadratic) * self._bounded_parts(kind, name)
+                    for name in names
+                ]
                 mass = torch.stack(masses).max()
                 relative = quadratic / mass.clamp_min(torch.finfo(mass.dtype).tiny)
                 factors.update(dict.fromkeys(names, bound(kind, relative)))
         return factors
+
+    def _bounded_parts(self, kind: Kind, name: str) -> float:
+        """Parts of a datum that `steps.KLTrustRegion` bounds each for itself."""
+        if kind == "guide":
+            return 1.0
+        width = self.plan.widths[name]
+        return float(width) if kind == "model" else max(width / BOUNDED_TOGETHER, 1.0)
 
     def _kind(self, name: str) -> Kind:
         return "network" if self.plan.blocks[name].network else self.role

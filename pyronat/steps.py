@@ -412,6 +412,10 @@ class RetainedShare:
         return min(1.0, max(self.factor * share, self.noise * noise, self.smallest))
 
 
+BOUNDED_TOGETHER = 64
+"""Elements of a datum up to which `KLTrustRegion.network` is for all of them together."""
+
+
 @dataclass(frozen=True)
 class KLTrustRegion:
     """Shrinks a step whose KL divergence ½ lr² dᵀGd exceeds the radius.
@@ -421,7 +425,8 @@ class KLTrustRegion:
             data that the loss counts, subsampling included.
         network: largest divergence per datum, in nats, of what a step does to the deep networks of
             a program, together. Their distributions are not linear in the parameters, and one
-            batch is a weak witness of what a long step does to other data.
+            batch is a weak witness of what a long step does to other data. It is for data of up to
+            `BOUNDED_TOGETHER` elements (pixels, items, words) and grows with their number beyond.
         guide: the same, per datum, of what a step does to the rest of a guide. A guide of global
             variables is one datum: its gradient comes from a few draws, of which a long step makes
             too much.

@@ -15,7 +15,16 @@ from pyro import poutine
 from torch import Tensor, nn
 
 import pyronat
-from pyronat import Full, NaturalGradient, NaturalSVI, datum_rows, observation, plans, testing
+from pyronat import (
+    Full,
+    NaturalGradient,
+    NaturalSVI,
+    datum_rows,
+    kronecker,
+    observation,
+    plans,
+    testing,
+)
 from pyronat.autograd import SampleGate
 from pyronat.blocks import CHOICES
 from pyronat.errors import BlockTooLarge, UnsupportedProgram, UnsupportedStructure
@@ -338,6 +347,56 @@ def test_kronecker_solver(corrected: bool) -> None:
     assert set(block.state()) == {"form", "inputs", "outputs", "mass", "rows"}, "nothing cached"
     undamped = torch.linalg.solve(block.dense()[0], x.reshape(-1)).reshape(3, 4)
     torch.testing.assert_close(block.factor(torch.zeros(3)).solve(x), undamped)
+
+
+def wide_kronecker(units: int, fan_in: int, rows: int) -> Kronecker:
+    """Factors whose spectra fall, of data with several rows each."""
+    flowing = torch.randn(30, rows, units) * torch.logspace(0, -2, units)
+    inputs = torch.randn(30, rows, fan_in) * torch.logspace(0, -2, fan_in)
+    first, second = flowing.flatten(0, 1), inputs.flatten(0, 1)
+    mean = second.mT @ second / len(second)
+    return Kronecker(mean, first.mT @ first, torch.tensor(30.0), (flowing, inputs))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("units, fan_in", [(9, 12), (5, 12), (12, 5)])
+def test_wide_factors_are_held_by_leading_eigenvectors(
+    units: int, fan_in: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = wide_kronecker(units, fan_in, rows)
+    complete = exact.dense()[0]
+    monkeypatch.setattr(kronecker, "COMPLETE", 5)
+    monkeypatch.setattr(kronecker, "LEADING", 4)
+    monkeypatch.setattr(kronecker, "_SPARE", 1)
+    monkeypatch.setattr(kronecker, "_ROUNDS", 30)
+    block = replace(exact)  # without what has been computed
+    matrix, x = block.dense()[0], torch.randn(units, fan_in)
+    # By hand: the mean of second moments over all that two orthogonal projections leave.
+    summed = torch.einsum("nru,nrf->nuf", *block.rows)
+    expected = torch.zeros_like(matrix)
+    for left in parts_of(block.outputs):
+        for right in parts_of(block.inputs):
+            moment = (left @ summed @ right).square().sum()
+            entries = left.trace() * right.trace()
+            expected += moment / entries * torch.kron(left, right)
+    torch.testing.assert_close(matrix, expected)
+    torch.testing.assert_close(matrix.trace(), complete.trace())
+    assert (matrix - complete).norm() > 1e-4 * matrix.norm(), "an approximation"
+    damping = block.usable(torch.full((units,), 0.1))
+    damped = matrix + 0.1 * torch.eye(len(matrix))
+    solution = torch.linalg.solve(damped, x.reshape(-1)).reshape(units, fan_in)
+    torch.testing.assert_close(block.factor(damping).solve(x), solution)
+    torch.testing.assert_close(block.quadratic(x), x.reshape(-1) @ matrix @ x.reshape(-1))
+
+
+def parts_of(matrix: Tensor) -> list[Tensor]:
+    """Projections on the eigenvectors that are taken of a factor, and on what they leave."""
+    vectors = torch.linalg.eigh(matrix).eigenvectors
+    size = len(matrix)
+    taken = size if size <= kronecker.COMPLETE else kronecker.LEADING
+    each = [torch.outer(column, column) for column in vectors[:, size - taken :].mT]
+    rest = vectors[:, : size - taken]
+    return [*each, rest @ rest.mT] if taken < size else each
 
 
 def test_averages_of_kronecker_factors() -> None:
@@ -697,6 +756,22 @@ def test_networks_move_within_their_trust_region() -> None:
         svi.step(x, y)
         assert svi.info is not None
         assert svi.info.kl == pytest.approx(50 * bound)
+
+
+@pytest.mark.parametrize("width", [2, 64, 160])
+def test_the_bound_of_networks_grows_with_wide_data(width: int) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, width))
+
+    def model(x: Tensor, y: Tensor) -> None:
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=net(x)).to_event(1), obs=y)
+
+    x, y = torch.randn(50, 3), torch.ones(50, width)
+    svi = NaturalSVI(model, lambda x, y: None, NaturalGradient(1.0))
+    svi.step(x, y)
+    assert svi.info is not None
+    assert svi.info.kl == pytest.approx(50 * 0.003 * max(width / 64, 1))
 
 
 def test_networks_are_measured_less_often() -> None:

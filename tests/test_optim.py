@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,17 @@ def test_curvature_is_measured_when_it_is_due(refresh: int) -> None:
         svi.step(X)
         measured.append(svi.info.refreshed)
     assert measured == [step % refresh == 0 for step in range(10)]
+
+
+def test_measurements_get_rarer_as_training_lasts() -> None:
+    rule = RunningAverage(refresh=5, longest=20)
+    due = [step for step in range(480) if rule.is_due(step)]
+    gaps = [after - before for before, after in pairwise(due)]
+    assert gaps == [5] * 20 + [10] * 10 + [20] * 13
+    fixed = [step for step in range(480) if RunningAverage(refresh=5).is_due(step)]
+    assert fixed == list(range(0, 480, 5))
+    with pytest.raises(ValueError, match="longest"):
+        RunningAverage(refresh=5, longest=4)
 
 
 def test_the_average_of_curvature_is_the_running_one() -> None:

@@ -1,0 +1,54 @@
+"""`examples.benchmarks.overhead`: costs in steps of Adam are ratios of what was timed."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+from examples.benchmarks import overhead
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+def test_the_quick_version_measures_every_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "costs.json"
+    overhead.main(["--quick", "--json", str(file)])
+    report = json.loads(file.read_text())
+    found = [(result["problem"].split()[0], result["method"]) for result in report["results"]]
+    sbn = [("SBN", "full"), ("SBN", "visible")]
+    assert found == [*sbn, *sbn, ("VAE", "full")]
+    for result in report["results"]:
+        assert result["measuring"] > result["plain"] > 0
+        assert result["plain"] < result["late"] < result["early"] < result["measuring"]
+    printed = capsys.readouterr().out
+    assert printed.count("\n| ") == 6 and str(file) in printed
+
+
+def test_every_turn_of_a_natural_gradient_measures_once() -> None:
+    problem = overhead.problems(overhead.QUICK)[0]
+    natural, adam = overhead.start(problem, "full"), overhead.start(problem, "Adam")
+    data = torch.rand(overhead.TURN, 20, problem.pixels).round()
+    for trainee in (natural, adam, natural, adam):
+        trainee.turn(data)
+    assert [len(steps) for steps in natural.plain] == [16, 16]
+    assert [len(steps) for steps in natural.measuring] == [4, 4]
+    assert [len(steps) for steps in adam.plain] == [20, 20] and adam.measuring == [[], []]
+    assert not list(pyro.get_param_store()), "each has parameters of its own"
+    shared = natural.store["params"].keys() & adam.store["params"].keys()
+    assert shared and all(
+        natural.store["params"][name] is not adam.store["params"][name] for name in shared
+    )

@@ -165,7 +165,9 @@ def data_count(records: Sequence[SiteRecord]) -> float:
     for record in records:
         if not record.observed:
             continue
-        scale = float(torch.as_tensor(record.scale).double().mean())
+        scale = record.scale
+        if isinstance(scale, Tensor):
+            scale = float(scale.double().mean())
         plates = [plate for plate in record.plates if plate.name not in ADDED_PLATES]
         if plates:
             dim = plates[0].dim - len(record.distribution.event_shape)

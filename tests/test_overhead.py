@@ -7,6 +7,7 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from examples.benchmarks import overhead
 
@@ -52,3 +53,27 @@ def test_every_turn_of_a_natural_gradient_measures_once() -> None:
     assert shared and all(
         natural.store["params"][name] is not adam.store["params"][name] for name in shared
     )
+
+
+def test_a_plain_step_reads_three_numbers_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss, and whether gradient and step are finite; steps that measure curvature read more.
+
+    Checks of arguments by Pyro and torch are turned off, as for speed.
+    """
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
+    problem = overhead.problems(overhead.QUICK)[0]
+    reads: dict[str, list[int]] = {}
+    for method in ("Adam", "full"):
+        trainee = overhead.start(problem, method)
+        data = torch.rand(overhead.TURN, 20, problem.pixels).round()
+        with pyro.validation_enabled(False), pyro.get_param_store().scope(trainee.store):
+            for batch in data:
+                with profile(activities=[ProfilerActivity.CPU]) as seen:
+                    trainee.svi.step(batch)
+                events = seen.key_averages()
+                found = [e.count for e in events if e.key == "aten::_local_scalar_dense"]
+                reads.setdefault(method, []).append(sum(found))
+    measuring, plain = reads["full"][::5], [n for i, n in enumerate(reads["full"]) if i % 5]
+    assert plain == [3] * 16
+    assert min(measuring) > 3, "reads are counted"
+    assert min(reads["Adam"][1:]) > 3, "of which stock Adam has more"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,10 @@ def read(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, An
     Raises:
         CheckpointMismatch: if the file holds something else.
     """
-    state = torch.load(path, map_location=map_location, weights_only=True)
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise CheckpointMismatch(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointMismatch(f"{path} holds a {type(state).__name__}, not a state")
     return state

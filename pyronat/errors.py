@@ -77,3 +77,11 @@ class AveragesInPlace(PyronatError):
 
 class NoGuideOnDreams(PyronatError):
     """The guide cannot be run on simulated data."""
+
+
+class InvalidProgramFile(PyronatError):
+    """A file does not give the command line a program that it could run."""
+
+
+class MissingPackage(PyronatError):
+    """What was asked for needs a package that is not installed."""

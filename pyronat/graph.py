@@ -6,15 +6,19 @@ Static, hashable structure on networkx; no tensor, no torch, no Pyro.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from html import escape
 from itertools import combinations
 from typing import Any, Literal
 
 import networkx as nx
 
 from pyronat.blocks import LayerAxes, ParamBlock, UnitAxes, UnitEntries
+from pyronat.drawing import Network, draw_networks, networks_as_svg
+from pyronat.errors import UnknownName
 
 
 @dataclass(frozen=True)
@@ -206,30 +210,36 @@ class BayesNet:
             lines.append(f"  {json.dumps(edge.parent)} -> {json.dumps(edge.child)}{style};")
         return "\n".join([*lines, "}"])
 
-    def plot(self, path: str) -> None:
-        """Draws the site graph in layers with matplotlib (extra `zoo`) into a picture file."""
-        from matplotlib.figure import Figure
+    def plot(self, path: str | os.PathLike[str], blanket_of: str | None = None) -> None:
+        """Draws model and guide with matplotlib (extra `cli`).
 
-        positions = self._layered_positions()
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_axis_off()
-        colors = ["lightgray" if site.kind == "observed" else "white" for site in self.sites]
-        nx.draw_networkx(
-            self.graph, positions, ax=axes, node_color=colors, edgecolors="black", node_size=1400
-        )
-        axes.margins(0.2)
-        figure.savefig(path, dpi=150)
+        Districts with hidden sites have colors. Dotted lines marry the parents of a site, so that
+        a Markov blanket is all that is joined to a site.
 
-    def _layered_positions(self) -> dict[str, tuple[float, float]]:
-        if not nx.is_directed_acyclic_graph(self.graph):
-            return nx.circular_layout(self.graph)  # type: ignore[no-any-return]
-        layers = list(nx.topological_generations(self.graph))
-        return {
-            name: (column - (len(layer) - 1) / 2, -float(row))
-            for row, layer in enumerate(layers)
-            for column, name in enumerate(sorted(layer))
-        }
+        Args:
+            path: the picture file; its ending says in which format.
+            blanket_of: a site whose Markov blanket is to stand out.
+
+        Raises:
+            MissingPackage: if matplotlib is not installed.
+            UnknownName: if there is no such site.
+        """
+        draw_networks(self._pictures(blanket_of), path)
+
+    def _pictures(self, center: str | None) -> list[Network]:
+        programs = {"model": self, "guide": self.guide}
+        nets = {title: net for title, net in programs.items() if net is not None and net.sites}
+        if center is not None and all(center not in net.graph for net in nets.values()):
+            names = ", ".join(site.name for net in nets.values() for site in net.sites)
+            raise UnknownName(f"there is no site {center!r} to show; there are {names}")
+        return [net._picture(title, center) for title, net in nets.items()]
+
+    def _picture(self, title: str, center: str | None) -> Network:
+        # A guide hides nothing.
+        hidden = [d.sites for d in self.districts if d.hidden and title == "model"]
+        if center is None or center not in self.graph:
+            return Network(title, self.graph, hidden)
+        return Network(title, self.graph, hidden, center, self.markov_blanket(center))
 
     def __str__(self) -> str:
         """A report of sites, blocks and districts, then of the guide."""
@@ -238,16 +248,34 @@ class BayesNet:
             lines += ["", "Guide", *self.guide._report()]
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """The same for notebooks, with the network drawn where matplotlib is installed."""
+        parts = [f"<div>{networks_as_svg(self._pictures(None))}</div>"]
+        for title, net in (("", self), ("Guide", self.guide)):
+            if net is not None:
+                parts += [f"<h4>{title}</h4>"] if title else []
+                parts += [_html(*section) for section in net._sections()]
+        return "\n".join(parts)
+
     def _report(self) -> Iterator[str]:
-        yield f"Sites ({len(self.sites)})"
+        for title, rows, lines in self._sections():
+            yield title
+            yield from _table(rows)
+            yield from (f"  {line}" for line in lines)
+
+    def _sections(self) -> Iterator[tuple[str, Sequence[tuple[str, ...]], list[str]]]:
+        """The parts of the report.
+
+        Yields:
+            Title, table with its header, and further lines of each.
+        """
         rows = [("site", "kind", "family", "shape", "plates", "parents", "Markov blanket")]
         for site in self.sites:
             parents = ", ".join(sorted(self.parents(site.name)))
             blanket = ", ".join(sorted(self.markov_blanket(site.name)))
             plates, shape = ", ".join(site.plates), " × ".join(map(str, site.shape))
             rows.append((site.name, site.kind, site.family, shape, plates, parents, blanket))
-        yield from _table(rows)
-        yield f"Blocks of the full-system Fisher information ({len(self.blocks)})"
+        yield f"Sites ({len(self.sites)})", rows, []
         table = [("parameters", "sites", "structure", "blocks", "exact", "memory", "factoring")]
         for block in self.blocks:
             shape = f"{block.count} of {block.size} × {block.size}"
@@ -255,26 +283,27 @@ class BayesNet:
             costs = _quantity(4 * block.matrix_entries, "B"), _quantity(block.factor_flops, "FLOP")
             sites = ", ".join(block.sites)
             table.append((block.name, sites, block.structure, shape, exact, *costs))
-        yield from _table(table)
         memory = _quantity(sum(4 * block.matrix_entries for block in self.blocks), "B")
         flops = _quantity(sum(block.factor_flops for block in self.blocks), "FLOP")
-        yield f"  in all {memory} in single precision, {flops} to factor at a refresh"
-        for name, reason in self.without_fisher:
-            yield f"  without a Fisher: {name} ({reason})"
-        yield f"Districts ({len(self.districts)})"
+        lines = [f"in all {memory} in single precision, {flops} to factor at a refresh"]
+        lines += [f"without a Fisher: {name} ({reason})" for name, reason in self.without_fisher]
+        yield f"Blocks of the full-system Fisher information ({len(self.blocks)})", table, lines
+        yield f"Districts ({len(self.districts)})", [], [*self._district_lines()]
+
+    def _district_lines(self) -> Iterator[str]:
         for district in self.districts:
             hidden = ", ".join(district.hidden) or "none"
-            line = f"  {', '.join(district.sites)}; hidden: {hidden}"
+            line = f"{', '.join(district.sites)}; hidden: {hidden}"
             if district.replicates:
                 line += f"; independent replicates along {', '.join(district.replicates)}"
             yield line
         for site in self.sites:
             if site.coupled_plates:
                 plates = ", ".join(site.coupled_plates)
-                yield f"  coupled: elements of {site.name} depend on each other along {plates}"
+                yield f"coupled: elements of {site.name} depend on each other along {plates}"
             if site.reads_data:
                 data = ", ".join(site.reads_data)
-                yield f"  {site.name} reads the data of {data} from the arguments"
+                yield f"{site.name} reads the data of {data} from the arguments"
 
 
 def _network(content: dict[str, Any]) -> BayesNet:
@@ -328,3 +357,14 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  " + "  ".join(map(str.ljust, row, widths)).rstrip()
+
+
+def _html(title: str, rows: Sequence[tuple[str, ...]], lines: Sequence[str]) -> str:
+    """A part of the report as HTML."""
+    head, *body = [[escape(cell) for cell in row] for row in rows] or [[]]
+    cells = ["".join(f"<td>{cell}</td>" for cell in row) for row in body]
+    table = "".join(f"<tr>{row}</tr>" for row in ["".join(f"<th>{c}</th>" for c in head), *cells])
+    text = "<br>".join(map(escape, lines))
+    return (
+        f"<b>{escape(title)}</b>" + (f"<table>{table}</table>" if head else "") + f"<p>{text}</p>"
+    )

@@ -34,7 +34,8 @@ from pyronat.visible import Dreamer, columns_of, measure_visible
 from pyronat.visible_exact import exact_visible
 
 _RANGE = 1e-10
-"""Eigenvalues of a Fisher matrix, relative to the largest, below which a direction is not in it."""
+"""Eigenvalues of a Fisher matrix, relative to the largest, below which a direction is not in it; in
+single precision, what rounding leaves of a zero is larger."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,8 @@ class VisibleFisher:
 def _root(matrix: Tensor) -> Tensor:
     """S with S Sᵀ = G, as many columns as G has directions `[width, rank]`."""
     values, vectors = torch.linalg.eigh(matrix)
-    kept = values > _RANGE * values.max()
+    rounding = len(values) * torch.finfo(values.dtype).eps
+    kept = values > max(_RANGE, rounding) * values.max()
     root: Tensor = vectors[:, kept] * values[kept].sqrt()
     return root
 

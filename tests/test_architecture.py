@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"rates", "rejection"}),
+    frozenset({"rates", "rejection", "drawing"}),
     frozenset({"blocks", "lattices", "autograd", "operators", "steps", "guards"})
     | {"closed_forms", "wrappers"},
     frozenset({"shared", "kronecker"}),
@@ -43,13 +43,19 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"trials", "resume", "presets"}),
     frozenset({"reports"}),
     frozenset({"infer"}),
-    frozenset({"__init__"}),
+    frozenset({"loading", "progress"}),
+    frozenset({"recipes"}),
+    frozenset({"training", "inspection"}),
+    frozenset({"comparison"}),
+    frozenset({"plot"}),
+    frozenset({"cli"}),
+    frozenset({"__init__", "__main__"}),
 )
 """Every module by its floor; imports only point down. A new module takes its place here."""
 
-CAUGHT = frozenset({"UnknownStructure", "Suspect"})
+CAUGHT = frozenset({"UnknownStructure", "Suspect", "argparse.ArgumentTypeError"})
 """Raised to be caught: a user never sees it."""
-WITHOUT_TORCH = frozenset({"errors", "blocks", "graph", "districts"})
+WITHOUT_TORCH = frozenset({"errors", "blocks", "graph", "districts", "drawing"})
 WITH_PYRO = frozenset({
     "tracing",
     "checkpoints",
@@ -62,9 +68,12 @@ WITH_PYRO = frozenset({
     "refresh",
     "trials",
     "testing",
+    "recipes",
+    "training",
+    "comparison",
 })
 RUNTIME = frozenset({"torch", "pyro", "networkx"})
-LAZY = frozenset({"matplotlib"})
+LAZY = frozenset({"matplotlib", "tqdm"})
 MAX_CODE_LINES = 330
 """Lines that are neither blank, comment nor docstring."""
 MAX_FUNCTION_LINES = 50

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import pyro
 import pyro.distributions as dist
@@ -24,6 +26,7 @@ from models.helmholtz import Helmholtz
 from pyronat import Euclidean, Full, NaturalGradient, NaturalSVI, ReweightedWakeSleep, errors
 from pyronat.families import groups
 from pyronat.geometry import Visible
+from pyronat.loading import load, target_of
 from pyronat.operators import cholesky
 from pyronat.steps import (
     ConstantDamping,
@@ -367,6 +370,15 @@ def far_too_fast() -> None:
         svi.step(X)
 
 
+def no_program() -> None:
+    load(target_of(__file__), seed=0)
+
+
+def no_pictures() -> None:
+    with patch.dict(sys.modules, {"matplotlib": None}):
+        pyronat.analyze(normal, X).plot("net.png")
+
+
 @dataclass(frozen=True)
 class Row:
     """An error, a program that provokes it, and words of its message: culprit, then way out."""
@@ -412,6 +424,8 @@ TABLE = (
     Row(errors.NoAverage, no_averages, ("averaging=pyronat.steps.PolyakRuppert()",)),
     Row(errors.NoAverage, no_values, ("loc", "load the parameters", "evaluate_loss")),
     Row(errors.AveragesInPlace, step_on_averages, ("averaged()", "leave the context")),
+    Row(errors.InvalidProgramFile, no_program, ("test_errors.py has no 'model'", ":NAME: ")),
+    Row(errors.MissingPackage, no_pictures, ("matplotlib", "pip install 'pyronat[cli]'")),
 )
 
 VISIBLE = (

@@ -226,14 +226,6 @@ def test_plot_writes_a_picture(case: object, tmp_path: Path) -> None:
     assert content.startswith(b"\x89PNG") and len(content) > 2000
 
 
-def test_layers_follow_the_edges() -> None:
-    net = net_of(random_dag(5))
-    positions = net._layered_positions()
-    assert len(set(positions.values())) == len(positions)
-    for parent, child in net.graph.edges:
-        assert positions[parent][1] > positions[child][1]
-
-
 # --- immutability ------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pyro
@@ -10,6 +11,7 @@ import torch
 
 import pyronat
 from pyronat import errors, families
+from pyronat.cli import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -52,6 +54,19 @@ def test_commands_do_all_the_set_up():
         assert "venv" in command and "pip install" in command
     assert "python -m examples.digits" in block("command: main")
     assert "python -m pytest" in block("command: test")
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(Path(__file__).parents[1] / "models")
+    commands = block("command line").splitlines()
+    for command in commands:
+        program, *argv = shlex.split(command)
+        assert program == "pyronat"
+        assert main([*argv, "--size", "200"]) == 0
+    assert "60 before" in capsys.readouterr().out
+    written = set(re.findall(r"\S+\.(?:png|pt|jsonl)", " ".join(commands)))
+    assert written == {path.name for path in tmp_path.iterdir()} - {"models"}
 
 
 def test_error_table_is_complete():

@@ -180,6 +180,8 @@ def _train(options: argparse.Namespace, recipe: Recipe, settings: Settings) -> i
     print(f"{recipe.program.name}: {loss}, {data} data, {settings.geometry} geometry")
     print(f"steps: {optim.step_count}" + (f", {found.done} before" if found.done else ""))
     print(f"loss: {before:.5g} at the start, {after:.5g} now (nats per datum, {judged}, all data)")
+    if found.undone:
+        print("the last step was taken back: it was worse on all data")
     if found.infos:
         seconds = sum(info.seconds for info in found.infos)
         print(f"seconds: {seconds:.2f}, {1000 * seconds / len(found.infos):.1f} ms per step")

@@ -27,6 +27,8 @@ FLOOR = 1e-4
 _WINDOWS, _LEAST_WINDOW = 20, 5
 """Steps of a training for each step of the window of its running mean, and its least number."""
 
+_RATE = "learning rate × factor"
+
 _SHARES = frozenset({"mixing", "largest missing information", "momentum"})
 """What is between 0 and 1."""
 
@@ -38,6 +40,9 @@ _FAR = 20
 
 _WIDE = 10
 """Range above which an axis is logarithmic."""
+
+_BARS = 40
+"""Bars that are told apart by lines."""
 
 
 def fisher_blocks(fisher: Fisher | VisibleFisher, path: str | os.PathLike[str]) -> None:
@@ -73,7 +78,8 @@ def fisher_blocks(fisher: Fisher | VisibleFisher, path: str | os.PathLike[str]) 
         panels["visible units: G_V"] = fisher.dense()[0]
         shares = [direction.missing for direction in fisher.missing_information()]
     count = len(panels) + bool(shares)
-    with figure(path, (4.2 * count + 0.8, 4.4)) as drawn:
+    with figure(path, (4.4 * count + 0.8, 4.4)) as drawn:
+        drawn.get_layout_engine().set(w_pad=0.12)
         grid = drawn.subplots(1, count, squeeze=False)[0]
         for axes, (title, values) in zip(grid, panels.items(), strict=False):
             shown = (values / scale / scale.unsqueeze(1)).abs()[order][:, order]
@@ -88,7 +94,7 @@ def fisher_blocks(fisher: Fisher | VisibleFisher, path: str | os.PathLike[str]) 
 def _order(full: Fisher) -> tuple[Tensor, list[tuple[str, int, int]]]:
     """Entries ordered by block and unit, and where each block begins and ends."""
     found, bounds, start = [], [], 0
-    for name, places in full.positions().items():
+    for name, places in sorted(full.positions().items()):
         entries = places.reshape(-1).cpu()
         found.append(entries)
         bounds.append((name, start, start + len(entries)))
@@ -122,7 +128,8 @@ def _short(name: str, length: int = 18) -> str:
 
 def _spectrum(axes: Any, shares: Sequence[float]) -> None:
     """Draws shares of missing information, sorted."""
-    axes.bar(range(1, len(shares) + 1), shares, width=1.0, color=GREEN, edgecolor="white")
+    edge = "white" if len(shares) <= _BARS else GREEN
+    axes.bar(range(1, len(shares) + 1), shares, width=1.0, color=GREEN, edgecolor=edge)
     axes.set_ylim(0, 1)
     axes.set_title("missing information")
     axes.set_xlabel("direction")
@@ -159,7 +166,7 @@ def training(
             axes.plot(xs, ys, color=COLORS[number % len(COLORS)], linewidth=1.0)
             if name in _SHARES:
                 axes.set_ylim(-0.04, 1.04)
-            elif ys and min(ys) > 0 and max(ys) > _WIDE * min(ys):
+            elif name != _RATE and ys and min(ys) > 0 and max(ys) > _WIDE * min(ys):
                 axes.set_yscale("log")
             axes.set_title(name)
             axes.set_xlabel("step")
@@ -179,7 +186,7 @@ def _traces(
         ("mixing", lambda info: info.mixing if mixes else None),
         ("largest missing information", lambda info: info.missing),
         ("momentum", lambda info: info.momentum),
-        ("learning rate × factor", lambda info: info.lr * info.factor),
+        (_RATE, lambda info: info.lr * info.factor),
     ]
 
 

@@ -179,7 +179,7 @@ def train(recipe: Recipe, settings: Settings, files: Files, quiet: bool = False)
         quiet: whether to show no progress.
 
     Returns:
-        What came of it. An interrupt ends it after a whole step.
+        What came of it. An interrupt ends it after a whole step; else all data judge the last one.
     """
     program, infos = recipe.program, list[StepInfo]()
     batches = Batches(program, settings.batch_size, settings.seed)
@@ -201,11 +201,14 @@ def train(recipe: Recipe, settings: Settings, files: Files, quiet: bool = False)
             shown.show(optim.step_count, words_of(infos[-1], batch.size))
             if files.checkpoint is not None and optim.step_count % files.save_every == 0:
                 svi.save(files.checkpoint)
+    undone = False
+    if infos and not interrupted:
+        undone = svi.settle(*program.args, **program.kwargs)
     if files.checkpoint is not None:
         svi.save(files.checkpoint)
     if log is not None:
         log.close()
-    return Training(svi, tuple(infos), done, bool(interrupted))
+    return Training(svi, tuple(infos), done, bool(interrupted), undone)
 
 
 @dataclass(frozen=True)
@@ -217,12 +220,14 @@ class Training:
         infos: reports of its steps.
         done: steps that a checkpoint had taken before.
         interrupted: whether it was ended by an interrupt.
+        undone: whether the last step was taken back, as it was worse on all data.
     """
 
     svi: NaturalSVI
     infos: tuple[StepInfo, ...]
     done: int
     interrupted: bool
+    undone: bool
 
 
 @contextmanager

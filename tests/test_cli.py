@@ -279,7 +279,6 @@ def test_spectrum_at_trained_parameters(capsys, tmp_path):
 
 STOPS = """
 import os, signal
-{rest}
 count = 0
 def after_step():
     global count
@@ -294,7 +293,7 @@ def test_interrupted_and_resumed(program, capsys, tmp_path):
     """An interrupt ends a training after a whole step; resumed, it ends as if there were none."""
     path, _, member = program.partition(".py:")
     source = Path(path if path.endswith(".py") else f"{path}.py").read_text()
-    stops = write(tmp_path, source + STOPS.format(rest="", stop=7))
+    stops = write(tmp_path, source + STOPS.format(stop=7))
     named = f"{stops}:{member}" if member else str(stops)
     options = ("--steps", 16, "--batch-size", 30, "--save-every", 5)
     whole, parts, log = (tmp_path / name for name in ("whole.pt", "parts.pt", "log.jsonl"))
@@ -311,19 +310,30 @@ def test_interrupted_and_resumed(program, capsys, tmp_path):
 
 
 def test_resume_goes_on(capsys, tmp_path):
-    path, other = tmp_path / "run.pt", tmp_path / "other.pt"
-    constant = ("--schedule", "constant", "--batch-size", 40)
-    code, _, err = run(
-        capsys, "train", LAYERS, "--steps", 4, *constant, "--checkpoint", path, "--resume"
-    )
-    assert code == 0 and "from the beginning" in err
-    assert run(capsys, "train", LAYERS, "--steps", 9, *constant, "--checkpoint", other)[0] == 0
-    assert not equal(parameters(path), parameters(other))
-    resumed = ("--checkpoint", path, "--resume")
-    assert run(capsys, "train", LAYERS, "--steps", 9, *constant, *resumed)[0] == 0
-    assert equal(parameters(path), parameters(other))
-    code, out, _ = run(capsys, "train", LAYERS, "--steps", 9, *constant, *resumed)
-    assert code == 0 and "steps: 9, 9 before" in out
+    path = tmp_path / "run.pt"
+    options = ("--batch-size", 40, "--checkpoint", path, "--resume")
+    code, out, err = run(capsys, "train", LAYERS, "--steps", 4, *options)
+    assert code == 0 and "from the beginning" in err and "before" not in out
+    before = parameters(path)
+    code, out, err = run(capsys, "train", LAYERS, "--steps", 9, *options)
+    assert code == 0 and re.search(r"steps: [89], [34] before", out) and "beginning" not in err
+    assert not equal(before, parameters(path))
+
+
+def test_all_data_judge_the_last_step(capsys, monkeypatch, tmp_path):
+    sizes = []
+
+    def settle(svi, x):
+        sizes.append(len(x))
+        return True
+
+    monkeypatch.setattr(pyronat.NaturalSVI, "settle", settle)
+    _, out, _ = run(capsys, "train", LAYERS, "--steps", 4, "--batch-size", 40)
+    assert sizes == [120] and "taken back" in out
+    source = (HERE / "counts.py").read_text()
+    stops = write(tmp_path, source + STOPS.format(stop=2))
+    code, out, _ = run(capsys, "train", stops, "--steps", 4)
+    assert code == INTERRUPTED and sizes == [120] and "taken back" not in out
 
 
 def test_files_are_not_overwritten(capsys, tmp_path):

@@ -17,9 +17,6 @@ a table, and writes the numbers to a file if `--json` names one.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +29,7 @@ import torch
 from pyro.infer import ELBO, SVI, Trace_ELBO
 
 import pyronat
+from examples.benchmarks import files
 from examples.comparison import markdown
 from models.helmholtz import Helmholtz
 from models.vae import VAE
@@ -257,17 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     print(table(results))
     if options.json is not None:
-        report = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "processors": os.cpu_count(),
-            "turns": settings.turns,
-            "results": [asdict(result) for result in results],
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"Wrote {options.json}")
+        found = [asdict(result) for result in results]
+        files.write(options.json, turns=settings.turns, results=found)
 
 
 if __name__ == "__main__":

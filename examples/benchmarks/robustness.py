@@ -24,8 +24,6 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
-import platform
 import sys
 import time
 import traceback
@@ -44,6 +42,7 @@ from torch.distributions import transform_to
 from tqdm import tqdm
 
 import pyronat
+from examples.benchmarks import files
 from examples.comparison import batches
 from examples.zoo import judge, make_loss, start
 from models.registry import Program, programs
@@ -295,17 +294,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for run in failures:
         print(f"\n{run.outcome}: {run.program}, {run.geometry}, seed {run.seed}\n{run.error}")
     if options.json is not None:
-        report = {
-            "settings": asdict(settings),
-            "seeds": [seeds.start, seeds.stop],
-            "outcomes": Counter(run.outcome for run in runs),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "processors": os.cpu_count(),
-            "runs": [asdict(run) for run in runs],
-        }
-        options.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        print(f"Wrote {options.json}")
+        files.write(
+            options.json,
+            settings=asdict(settings),
+            seeds=[seeds.start, seeds.stop],
+            outcomes=Counter(run.outcome for run in runs),
+            runs=[asdict(run) for run in runs],
+        )
     return 1 if failures else 0
 
 

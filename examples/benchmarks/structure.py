@@ -12,9 +12,6 @@ is wrong.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -30,6 +27,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
 import pyronat
+from examples.benchmarks import files
 from models import bayes_net
 from models.helmholtz import Helmholtz
 from pyronat.fingerprint import fingerprint
@@ -246,18 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{guard.step:.2f} ms"
     )
     if options.json is not None:
-        report = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "processors": os.cpu_count(),
-            "repeats": REPEATS,
-            "results": [asdict(result) for result in results],
-            "guard": asdict(guard),
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"Wrote {options.json}")
+        found = [asdict(result) for result in results]
+        files.write(options.json, repeats=REPEATS, results=found, guard=asdict(guard))
     return 0 if all(result.found == result.expected for result in results) else 1
 
 

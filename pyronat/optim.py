@@ -52,9 +52,10 @@ _REQUIRED = dict.fromkeys(
     "step_count seed caution sides moments motions others averages watch last".split()
 )
 
-USUAL = RunningAverage(refresh=5, longest=20)
-RARE = RunningAverage(refresh=20, longest=80)
-"""When curvature is measured; the latter where there are networks or layers in one basis."""
+USUAL = RunningAverage(refresh=5)
+RARE = RunningAverage(refresh=20)
+RARER = RunningAverage(refresh=20, longest=80)
+"""When curvature is measured: usually, with layers in one basis, and where that is dear."""
 
 
 class NaturalGradient(pyro.optim.PyroOptim):
@@ -74,9 +75,9 @@ class NaturalGradient(pyro.optim.PyroOptim):
         damping: rule for λ, or `steps.LevenbergMarquardt()` for exact losses on whole data sets.
         trust_region: bound on the divergence of a step.
         curvature: how curvature is averaged over steps and how often it is measured. By default
-            every 5 steps, every 20 where there are networks or wide layers, ever rarer up to every
-            20 and 80 as training lasts (`steps.RunningAverage`); at every step and without the past
-            where `steps.LevenbergMarquardt` adapts a number.
+            every 5 steps, every 20 where there are wide layers or networks; for these, and for the
+            visible geometry of wide layers, rarer as training lasts, up to every 80; at every step
+            and without the past where `steps.LevenbergMarquardt` adapts a number.
         others: a Pyro optimizer for all parameters without a metric. By default those of a
             Euclidean side take steps of `steps.ReachScaledAdam`; those without a Fisher
             information, or in a dense block too large to measure, of Adam with rate 1e-3.
@@ -196,9 +197,11 @@ class NaturalGradient(pyro.optim.PyroOptim):
     def _settle(self) -> None:
         """What is large is measured less often, unless the user has said how often."""
         blocks = [b for s in self.sides.values() if s.natural for b in s.plan.blocks.values()]
-        large = any(b.network or b.structure == "shared" for b in blocks)
+        networks = any(block.network for block in blocks)
+        large = networks or any(block.structure == "shared" for block in blocks)
         if large and self._curvature is None and self.rule is None:
-            self.curvature = RARE
+            dear = networks or isinstance(self.geometry, Visible)
+            self.curvature = RARER if dear else RARE
 
     def replan(self, programs: Mapping[Role, KnownProgram]) -> None:
         """Plans the curvature of programs that are known better than before.

@@ -789,7 +789,11 @@ def test_networks_are_measured_less_often() -> None:
 
     x, y = torch.randn(5, 4), torch.ones(5, 2)
     asked = pyronat.steps.RunningAverage(0.5, 3)
-    for model, given, refresh in [(units, None, 5), (network, None, 20), (network, asked, 3)]:
+    for model, given, *periods in [
+        (units, None, 5, None),
+        (network, None, 20, 80),
+        (network, asked, 3, None),
+    ]:
         optim = NaturalGradient(curvature=given)
         NaturalSVI(model, lambda x, y: None, optim).step(x, y)
-        assert optim.curvature.refresh == refresh
+        assert [optim.curvature.refresh, optim.curvature.longest] == periods

@@ -391,7 +391,12 @@ def _slope(theta: Tensor, edge: Edge, broadcast: bool, gate: SampleGate) -> Tens
         cotangent = torch.zeros_like(theta, requires_grad=True)
         (product,) = torch.autograd.grad([theta], below, [cotangent], create_graph=True)
         (slope,) = torch.autograd.grad(
-            [product], [cotangent], [torch.ones_like(product)], retain_graph=True
+            [product],
+            [cotangent],
+            [torch.ones_like(product)],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
     return slope.detach()
 

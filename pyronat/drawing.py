@@ -72,6 +72,26 @@ def need_matplotlib() -> None:
         ) from error
 
 
+def check_pictures(*paths: os.PathLike[str] | str) -> None:
+    """Checks that pictures can be drawn into files of these names, before any work is done.
+
+    Args:
+        *paths: the files.
+
+    Raises:
+        MissingPackage: if matplotlib is not installed.
+        ValueError: if there is no format of an ending.
+    """
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    for path in paths:
+        ending = os.path.splitext(path)[1][1:]
+        if ending.lower() not in known:
+            raise ValueError(f"{path} has to end in one of {', '.join(sorted(known))}")
+
+
 @contextmanager
 def figure(
     file: str | os.PathLike[str] | io.BytesIO,
@@ -406,6 +426,6 @@ def _legend(drawn: Any, networks: Sequence[Network]) -> None:
     if any(_married(network.graph) for network in networks):
         label = "parents of one site"
         handles.append(Line2D([], [], color="#AAAAAA", linestyle=":", label=label))
-    if any("control" in dict(n.graph.edges).values() for n in networks):
+    if any(kind == "control" for n in networks for *_, kind in n.graph.edges(data="kind")):
         handles.append(Line2D([], [], color="#444444", linestyle="--", label="through Python"))
     drawn.legend(handles=handles, loc="lower center", ncols=len(handles))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -36,19 +36,25 @@ class Hidden:
 
     Attributes:
         drawn: those that the guide draws.
-        discrete: the discrete ones among them whose values the guide does not enumerate.
+        discrete: the discrete ones among them.
+        enumerated: those that the guide enumerates.
         summed: those that are left to the model, to be summed out.
-        continuous: those that are left to the model and are continuous.
+        unmarked: those among them that the model does not mark to be enumerated.
+        undrawn: those that are left to the model and cannot be summed out.
         nesting: depth of the plates of both programs, as Pyro's `max_plate_nesting` counts them.
         local: hidden sites inside a plate.
+        outside: sites of the model that lie in no plate, observed ones too.
     """
 
     drawn: tuple[str, ...]
     discrete: tuple[str, ...]
+    enumerated: tuple[str, ...]
     summed: tuple[str, ...]
-    continuous: tuple[str, ...]
+    unmarked: tuple[str, ...]
+    undrawn: tuple[str, ...]
     nesting: int
     local: frozenset[str]
+    outside: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Recipe:
     @property
     def exact(self) -> bool:
         """Whether the loss has no noise: nothing is drawn."""
-        return not self.hidden.drawn
+        return set(self.hidden.drawn) == set(self.hidden.enumerated)
 
     def geometry(self, name: str, mixing: Any = None) -> Geometry:
         """A geometry by its name.
@@ -135,15 +141,14 @@ def recipe_of(program: Loaded, loss: LossName = "auto") -> Recipe:
         guide, made = _automatic(program)
         notes.append(made)
     hidden = _hidden(program, guide)
-    if hidden.continuous:
+    if hidden.undrawn:
         raise InvalidProgramFile(
-            f"{program.name}: {', '.join(hidden.continuous)} cannot be summed out, and the guide "
+            f"{program.name}: {', '.join(hidden.undrawn)} cannot be summed out, and the guide "
             "does not draw them; draw them in the guide (--guide NAME names another one)"
         )
-    unmarked = [name for name in hidden.summed if not _is_marked(program, guide, name)]
-    if unmarked:
+    if hidden.unmarked:
         model = config_enumerate(model, "parallel")
-        notes.append(f"summed out, though not marked to be: {', '.join(unmarked)}")
+        notes.append(f"summed out, though not marked to be: {', '.join(hidden.unmarked)}")
     found = replace(program, model=model, guide=guide)
     return Recipe(found, guide, hidden, _chosen(loss, hidden), tuple(notes))
 
@@ -151,14 +156,15 @@ def recipe_of(program: Loaded, loss: LossName = "auto") -> Recipe:
 def _chosen(loss: LossName, hidden: Hidden) -> LossName:
     if loss != "auto":
         return loss
-    if hidden.summed:
+    if hidden.summed or hidden.enumerated:
         return "enum"
     return "wake-sleep" if hidden.discrete else "trace"
 
 
 def _automatic(program: Loaded) -> tuple[Callable[..., Any], str]:
     """A guide for a program that has none, and what it is in words."""
-    sites = [site for site in _sites(program, _empty) if not site["is_observed"]]
+    _, every = _sites(program, _empty)
+    sites = [site for site in every if not site["is_observed"]]
     drawn = [site["name"] for site in sites if not site["fn"].support.is_discrete]
     if not drawn:
         summed = "; discrete hidden variables are summed out" if sites else ""
@@ -172,18 +178,16 @@ def _empty(*args: Any, **kwargs: Any) -> None:
     """The guide of a program whose hidden variables are summed out."""
 
 
-def _sites(program: Loaded, guide: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Random sites of the model on values of its guide."""
+def _sites(
+    program: Loaded, guide: Callable[..., Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Sites of the guide, and random sites of the model on its values."""
     with torch.no_grad(), poutine.block():
         trace = poutine.trace(guide).get_trace(*program.args, **program.kwargs)
         model = poutine.replay(program.model, trace=trace)
         found = poutine.trace(model).get_trace(*program.args, **program.kwargs)
-    return [site for site in found.nodes.values() if is_random(site)]
-
-
-def _is_marked(program: Loaded, guide: Callable[..., Any], name: str) -> bool:
-    sites = _sites(program, guide)
-    return any(site["name"] == name and site["infer"].get("enumerate") for site in sites)
+    of_guide = [site for site in trace.nodes.values() if site["type"] == "sample"]
+    return of_guide, [site for site in found.nodes.values() if is_random(site)]
 
 
 def _hidden(program: Loaded, guide: Callable[..., Any]) -> Hidden:
@@ -196,28 +200,25 @@ def _hidden(program: Loaded, guide: Callable[..., Any]) -> Hidden:
     Returns:
         The hidden sites.
     """
-    with torch.no_grad(), poutine.block():
-        trace = poutine.trace(guide).get_trace(*program.args, **program.kwargs)
-    of_guide = {site["name"]: site for site in trace.nodes.values() if site["type"] == "sample"}
-    sites = _sites(program, guide)
+    of_guide, sites = _sites(program, guide)
     latent = [site for site in sites if not site["is_observed"]]
-    left = [site for site in latent if site["name"] not in of_guide]
-    drawn = [site for name, site in of_guide.items() if is_random(site)]
+    drawn = [site for site in of_guide if is_random(site)]
+    left = [site for site in latent if site["name"] not in _names(of_guide)]
+    summed = [site for site in left if site["fn"].has_enumerate_support]
     return Hidden(
         drawn=_names(drawn),
-        discrete=_names(
-            site
-            for site in drawn
-            if site["fn"].support.is_discrete and not site["infer"].get("enumerate")
-        ),
-        summed=_names(site for site in left if site["fn"].has_enumerate_support),
-        continuous=_names(site for site in left if not site["fn"].has_enumerate_support),
-        nesting=max(map(_depth, [*sites, *of_guide.values()]), default=0),
-        local=frozenset(site["name"] for site in latent if _depth(site)),
+        discrete=_names(site for site in drawn if site["fn"].support.is_discrete),
+        enumerated=_names(site for site in drawn if site["infer"].get("enumerate")),
+        summed=_names(summed),
+        unmarked=_names(site for site in summed if not site["infer"].get("enumerate")),
+        undrawn=_names(site for site in left if not site["fn"].has_enumerate_support),
+        nesting=max(map(_depth, [*sites, *of_guide]), default=0),
+        local=frozenset(site["name"] for site in latent if site["cond_indep_stack"]),
+        outside=_names(site for site in sites if not site["cond_indep_stack"]),
     )
 
 
-def _names(sites: Any) -> tuple[str, ...]:
+def _names(sites: Iterable[dict[str, Any]]) -> tuple[str, ...]:
     return tuple(site["name"] for site in sites)
 
 
@@ -225,13 +226,12 @@ def _depth(site: dict[str, Any]) -> int:
     return max((-f.dim for f in site["cond_indep_stack"] if f.vectorized), default=0)
 
 
-def batch_notes(recipe: Recipe, batch_size: int | None, outside: Sequence[str]) -> list[str]:
+def batch_notes(recipe: Recipe, batch_size: int | None) -> list[str]:
     """What to say about training by batches.
 
     Args:
         recipe: the program.
         batch_size: data in each step, or None for all of them.
-        outside: random sites of the model that lie in no plate.
 
     Returns:
         Lines for people.
@@ -241,7 +241,8 @@ def batch_notes(recipe: Recipe, batch_size: int | None, outside: Sequence[str]) 
     """
     if batch_size is None or batch_size >= recipe.program.size:
         return []
-    mixed_up = sorted(recipe.hidden.local.difference(recipe.hidden.summed))
+    hidden = recipe.hidden
+    mixed_up = sorted(hidden.local.difference(hidden.summed))
     if isinstance(recipe.guide, AutoNormal) and mixed_up:
         raise InvalidProgramFile(
             f"{recipe.program.name}: AutoNormal has parameters for each datum of "
@@ -249,9 +250,9 @@ def batch_notes(recipe: Recipe, batch_size: int | None, outside: Sequence[str]) 
             "data, or let the model subsample with pyro.plate(..., subsample_size=...), or leave "
             "--batch-size out"
         )
-    if not outside:
+    if not hidden.outside:
         return []
     return [
-        f"{', '.join(outside)} lie outside of all plates and count in full in every batch; let the "
-        "model subsample with pyro.plate(..., subsample_size=...) if they should not"
+        f"{', '.join(hidden.outside)} lie outside of all plates and count in full in every batch; "
+        "let the model subsample with pyro.plate(..., subsample_size=...) if they should not"
     ]

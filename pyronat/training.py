@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +179,8 @@ def train(recipe: Recipe, settings: Settings, files: Files, quiet: bool = False)
         quiet: whether to show no progress.
 
     Returns:
-        What came of it. An interrupt ends it after a whole step; else all data judge the last one.
+        What came of it. An interrupt ends it after a whole step; otherwise the data, or the first
+        `CHUNK` batches of them, judge the last one.
     """
     program, infos = recipe.program, list[StepInfo]()
     batches = Batches(program, settings.batch_size, settings.seed)
@@ -203,7 +204,8 @@ def train(recipe: Recipe, settings: Settings, files: Files, quiet: bool = False)
                 svi.save(files.checkpoint)
     undone = False
     if infos and not interrupted:
-        undone = svi.settle(*program.args, **program.kwargs)
+        judging = next(iter(_parts(program, settings)))
+        undone = svi.settle(*judging.args, **judging.kwargs)
     if files.checkpoint is not None:
         svi.save(files.checkpoint)
     if log is not None:
@@ -220,7 +222,7 @@ class Training:
         infos: reports of its steps.
         done: steps that a checkpoint had taken before.
         interrupted: whether it was ended by an interrupt.
-        undone: whether the last step was taken back, as it was worse on all data.
+        undone: whether the last step was taken back, as things were better before.
     """
 
     svi: NaturalSVI
@@ -276,10 +278,20 @@ def evaluate(recipe: Recipe, settings: Settings) -> float:
         if not recipe.exact:
             particles = max(EVALUATION_PARTICLES, settings.particles or 1)
         loss, total = recipe.loss(particles), 0.0
-        at_once = program.size if settings.batch_size is None else CHUNK * settings.batch_size
-        for first in range(0, program.size, at_once):
-            part = (
-                program.rows(slice(first, first + at_once)) if at_once < program.size else program
-            )
+        for part in _parts(program, settings):
             total += float(loss.loss(program.model, recipe.guide, *part.args, **part.kwargs))
         return total / program.size
+
+
+def _parts(program: Loaded, settings: Settings) -> Iterator[Loaded]:
+    """All data, in parts of `CHUNK` batches where it is trained by batches.
+
+    Yields:
+        The program with each part.
+    """
+    at_once = program.size if settings.batch_size is None else CHUNK * settings.batch_size
+    if at_once >= program.size:
+        yield program
+        return
+    for first in range(0, program.size, at_once):
+        yield program.rows(slice(first, first + at_once))

@@ -47,7 +47,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"recipes"}),
     frozenset({"training", "inspection"}),
     frozenset({"comparison"}),
-    frozenset({"plot"}),
+    frozenset({"plot", "arguments"}),
     frozenset({"cli"}),
     frozenset({"__init__", "__main__"}),
 )

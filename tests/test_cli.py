@@ -132,6 +132,20 @@ def make_data(seed):
     assert abs(pyro.param("AutoNormal.locs.mean").item() - 2.5) < 0.6
 
 
+def test_sites_that_the_guide_enumerates_are_summed_out(capsys, tmp_path):
+    text = (HERE / "counts.py").read_text()
+    text += """
+def guide(x):
+    share = pyro.param("q", torch.full((len(x), 2), 0.5), constraint=dist.constraints.simplex)
+    with pyro.plate("data", len(x)):
+        pyro.sample("kind", dist.Categorical(share), infer={"enumerate": "parallel"})
+"""
+    _, out, err = run(capsys, "train", write(tmp_path, text), "--steps", 2, "--quiet")
+    assert "TraceEnum_ELBO" in out and err == ""
+    drawn = write(tmp_path, text.replace(', infer={"enumerate": "parallel"}', ""))
+    assert "ReweightedWakeSleep" in run(capsys, "train", drawn, "--steps", 2)[1]
+
+
 def test_seed_decides(capsys):
     found = [
         losses(run(capsys, "train", LAYERS, "--steps", 5, "--seed", seed)[1]) for seed in (1, 1, 2)
@@ -348,6 +362,14 @@ def test_files_are_not_overwritten(capsys, tmp_path):
     assert len(log.read_text().splitlines()) == 2
 
 
+def test_a_broken_program_costs_no_files(capsys, tmp_path):
+    path = tmp_path / "run.pt"
+    path.write_bytes(b"precious")
+    broken = write(tmp_path, "1 / 0\n")
+    assert run(capsys, "train", broken, "--checkpoint", path, "--overwrite")[0] == 1
+    assert path.read_bytes() == b"precious"
+
+
 def test_checkpoints_that_do_not_fit(capsys, tmp_path):
     path = tmp_path / "run.pt"
     assert run(capsys, "train", COUNTS, "--steps", 2, "--checkpoint", path)[0] == 0
@@ -455,7 +477,12 @@ def test_global_sites_in_batches_are_spoken_of(capsys):
         ("train", COUNTS, "--resume"),
         ("train", COUNTS, "--metrics", "no_such_folder/log.jsonl"),
         ("train", COUNTS, "--device", "abacus"),
+        ("train", COUNTS, "--plot", "curve.txt"),
+        ("train", COUNTS, "--steps", "many"),
+        ("train", COUNTS, "--lr", "fast"),
         ("inspect", COUNTS, "--json", "--dot"),
+        ("inspect", COUNTS, "--blanket", "x"),
+        ("inspect", COUNTS, "--heatmap", "fisher"),
         ("inspect", COUNTS, "--plot", "no_such_folder/net.png"),
     ],
 )
@@ -463,6 +490,19 @@ def test_wrong_usage(argv, capsys):
     code, out, err = run(capsys, *argv)
     assert (code, out) == (2, "")
     assert err.startswith("usage: pyronat")
+    assert "invalid _" not in err  # a name of ours
+
+
+def test_ends_that_a_program_brings_about(capsys, tmp_path):
+    end = "def model():\n    raise "
+    for number, (text, code) in enumerate(
+        {
+            "SystemExit('enough')": 1,
+            "SystemExit(5)": 5,
+            "KeyboardInterrupt": INTERRUPTED,
+        }.items()
+    ):
+        assert run(capsys, "inspect", write(tmp_path, end + text, f"e{number}.py"))[0] == code
 
 
 def test_nothing_is_left_behind():

@@ -17,6 +17,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from matplotlib import rc_context
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
@@ -131,6 +132,17 @@ def test_blankets_stand_out(tmp_path):
         net.plot(tmp_path / "net.png", blanket_of="q")
 
 
+@pytest.mark.parametrize("kind", ["data", "control"])
+def test_the_legend_says_what_there_is(kind, tmp_path):
+    net = replace(net_of("ac bc cd", observed=""), edges=(Edge("a", "c", kind),))
+    net.plot(tmp_path / "net.svg")
+    with rc_context({"svg.fonttype": "none"}):
+        net.plot(tmp_path / "net.svg")
+    text = (tmp_path / "net.svg").read_text()
+    assert ("through Python" in text) == (kind == "control")
+    assert "hidden" in text and ">observed" not in text and "parents of one" not in text
+
+
 def test_parents_are_married(tmp_path):
     (picture,) = net_of("ac bc cd", observed="")._pictures(None)
     assert drawing._married(picture.graph) == [("a", "b")]
@@ -166,12 +178,17 @@ def test_what_happens_without_matplotlib(monkeypatch, tmp_path, capsys):
         ("inspect", COUNTS, "--plot", "net.png"),
         ("inspect", COUNTS, "--heatmap", "net.png"),
         ("train", COUNTS, "--plot", "net.png"),
-        ("train", COUNTS, "--compare", "full"),
+        ("train", COUNTS, "--compare", "full", "--plot", "net.png"),
     ):
         assert main(list(argv)) == 1
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("pyronat: MissingPackage")  # before any work
     assert main(["inspect", COUNTS]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", COUNTS, "--compare", "full", "--steps", "2", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert "| full |" in out and "picture" not in out and "pyronat[cli]" in err
+    assert not list(tmp_path.iterdir())
 
 
 # --- Fisher information ------------------------------------------------------------------------

@@ -390,13 +390,9 @@ def _slope(theta: Tensor, edge: Edge, broadcast: bool, gate: SampleGate) -> Tens
         # Jᵀ c sums over the copies of a preactivation, J 1 does not.
         cotangent = torch.zeros_like(theta, requires_grad=True)
         (product,) = torch.autograd.grad([theta], below, [cotangent], create_graph=True)
+        # With respect to c a slope of 0 may not be connected.
         (slope,) = torch.autograd.grad(
-            [product],
-            [cotangent],
-            [torch.ones_like(product)],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
+            product.sum(), [cotangent], retain_graph=True, materialize_grads=True
         )
     return slope.detach()
 

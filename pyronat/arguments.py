@@ -7,15 +7,14 @@ import importlib.metadata
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 
 from pyronat.comparison import METHODS, RATES
 from pyronat.inspection import DREAMS
 from pyronat.loading import CONVENTIONS
-
-LOSSES = ("auto", "trace", "graph", "mean-field", "enum", "wake-sleep")
+from pyronat.recipes import LossName
 
 _EXAMPLES = """\
 examples:
@@ -124,7 +123,12 @@ def _add_train(commands: Any, command: Command) -> None:
         metavar="SHARE",
         help="of the full in the visible metric, or auto",
     )
-    add("--loss", choices=LOSSES, default="auto", help="by default what the hidden variables need")
+    add(
+        "--loss",
+        choices=get_args(LossName),
+        default="auto",
+        help="by default what the hidden variables need",
+    )
     add("--particles", type=positive, metavar="N", help="guide draws for each step")
     add("--lr", type=rate, default=0.3, metavar="RATE", help="at the first step (0.3)")
     add("--schedule", choices=("linear", "constant"), default="linear", help="of the rate (linear)")

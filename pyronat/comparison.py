@@ -169,10 +169,8 @@ def _run(run: Run, recipe: Recipe, settings: Settings, shown: Progress, before: 
     Raises:
         ValueError: never; it is among the errors that end the run.
     """
-    batches, due = (
-        Batches(recipe.program, settings.batch_size, settings.seed),
-        marks(settings.steps),
-    )
+    batches = Batches(recipe.program, settings.batch_size, settings.seed)
+    due = marks(settings.steps)
     words = {"method": run.method, "rate": f"{run.rate:g}"}
     done, seconds = 0, 0.0
     try:

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -239,19 +240,11 @@ def _where(path: Path, error: BaseException) -> str:
 
 
 def _has(module: ModuleType, dotted: str) -> bool:
-    value: Any = module
-    for name in dotted.split("."):
-        if not hasattr(value, name):
-            return False
-        value = getattr(value, name)
+    try:
+        attrgetter(dotted)(module)
+    except AttributeError:
+        return False
     return True
-
-
-def _get(module: ModuleType, dotted: str) -> Any:
-    value: Any = module
-    for name in dotted.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _from_module(target: Target, module: ModuleType, seed: int, size: int | None) -> Loaded:
@@ -296,7 +289,7 @@ def _programs(target: Target, module: ModuleType) -> tuple[Callable[..., Any], A
         InvalidProgramFile: if there are none that can be called.
     """
     name = target.member or "model"
-    found, guide = _get(module, name), None
+    found, guide = attrgetter(name)(module), None
     if inspect.isclass(found):
         try:
             found = found()
@@ -307,11 +300,11 @@ def _programs(target: Target, module: ModuleType) -> tuple[Callable[..., Any], A
     if callable(getattr(found, "model", None)):
         found, guide = found.model, getattr(found, "guide", None)
     elif "model" in name and _has(module, name.replace("model", "guide")):
-        guide = _get(module, name.replace("model", "guide"))
+        guide = attrgetter(name.replace("model", "guide"))(module)
     if target.guide:
         if not _has(module, target.guide):
             raise InvalidProgramFile(f"{target.path} has no {target.guide!r} to be the guide")
-        guide = _get(module, target.guide)
+        guide = attrgetter(target.guide)(module)
         guide = guide() if inspect.isclass(guide) else guide
     for role, program in (("model", found), ("guide", guide)):
         if program is not None and not callable(program):

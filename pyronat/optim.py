@@ -52,10 +52,9 @@ _REQUIRED = dict.fromkeys(
     "step_count seed caution sides moments motions others averages watch last".split()
 )
 
-USUAL = RunningAverage(refresh=5)
 RARE = RunningAverage(refresh=20)
 RARER = RunningAverage(refresh=20, longest=80)
-"""When curvature is measured: usually, with layers in one basis, and where that is dear."""
+"""When curvature is measured with layers in one basis, and where that is dear."""
 
 
 class NaturalGradient(pyro.optim.PyroOptim):
@@ -125,7 +124,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self.last: Before | None = None
         self.adaptation = adaptation(self.geometry, self.damping, self.lr, self.clip)
         self.carry = Carry(self.adaptation.momentum(momentum), self.adaptation.shrinkage(shrinkage))
-        whole = USUAL if self.rule is None else RunningAverage(0.0, 1)
+        whole = RunningAverage() if self.rule is None else RunningAverage(0.0, 1)
         self._curvature = curvature
         self.curvature = curvature or whole
         self.others = others

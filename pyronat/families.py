@@ -5,7 +5,8 @@ other group, as loc and scale of a normal distribution are. A coordinate is a te
 distribution through which its density depends on the parameters; whatever parametrisation the
 user chose, the chain rule through that tensor pulls the Fisher information back to it.
 
-Adding a family is one function, in `closed_forms` or `joint_forms`, and one row of `FAMILIES`.
+Adding a family is one function, in `closed_forms` or `joint_forms`, and one row of `FAMILIES`;
+users give their own by `add`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch.distributions.utils import probs_to_logits
 from pyronat import closed_forms as forms
 from pyronat import joint_forms
 from pyronat.closed_forms import Group as Group
-from pyronat.closed_forms import Scores, diagonal
+from pyronat.closed_forms import Scores
+from pyronat.closed_forms import diagonal as diagonal
 from pyronat.errors import NoFisher, UnsupportedDistribution
 from pyronat.wrappers import base_value as base_value
 from pyronat.wrappers import distribution_tensors, held_distributions
@@ -96,14 +98,17 @@ def groups(distribution: dist.Distribution) -> tuple[Group, ...]:
     _refuse_singular(distribution)
     if type(distribution).__name__ in SINGULAR:
         return _constants(distribution)
-    family = family_of(distribution)
-    if family is None:
+    family, row = type(distribution).__name__, _OWN.get(type(distribution))
+    if row is None:
+        family = family_of(distribution) or ""
+        row = FAMILIES.get(family)
+    if row is None:
         names = ", ".join(sorted(FAMILIES))
         raise UnsupportedDistribution(
             f"{type(distribution).__name__} has no closed-form Fisher information; "
-            f"supported families: {names}"
+            f"supported families: {names}; families.add says that of a family of your own"
         )
-    function, fixed = FAMILIES[family]
+    function, fixed = row
     for name in fixed:
         if getattr(getattr(distribution, name), "requires_grad", False):
             raise UnsupportedDistribution(
@@ -112,6 +117,38 @@ def groups(distribution: dist.Distribution) -> tuple[Group, ...]:
     found = function(distribution)
     _refuse_uncovered(distribution, [part for group in found for part in group.coordinates])
     return found
+
+
+def add(
+    kind: type[dist.Distribution],
+    function: Callable[[Any], tuple[Group, ...]],
+    fixed: Sequence[str] = (),
+) -> None:
+    """Gives distributions of a class of your own a closed form of the Fisher information.
+
+    Without one, their scores are simulated in training, and `Visible` refuses them. Subclasses are
+    not meant: they may have another density.
+
+    Args:
+        kind: the class, from outside of torch and Pyro. Where it has `rsample`, guides that are
+            made of it get `Full()` by default.
+        function: a distribution → Fisher-orthogonal groups of its coordinates, which are tensors
+            that it holds. `testing.family_fisher` is there to check it.
+        fixed: names of tensors that the closed form treats as fixed.
+
+    Raises:
+        ValueError: if the class is of torch or Pyro, whose families are in `FAMILIES`.
+
+    Example:
+        >>> class Rescaled(dist.Exponential):
+        ...     pass
+        >>> add(Rescaled, lambda d: (Group("rate", (d.rate,), lambda: diagonal(d.rate**-2)),))
+        >>> groups(Rescaled(torch.tensor(2.0)))[0].fisher
+        tensor([[0.2500]])
+    """
+    if kind.__module__.startswith(("torch.distributions", "pyro.distributions")):
+        raise ValueError(f"{kind.__name__} is of torch or Pyro, whose families are in FAMILIES")
+    _OWN[kind] = function, tuple(fixed)
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -343,6 +380,9 @@ FAMILIES: dict[str, tuple[Callable[..., tuple[Group, ...]], tuple[str, ...]]] = 
 Subclasses of torch and Pyro belong to the row of their base, as `OrderedLogistic` to Categorical.
 """
 
+_OWN: dict[type[dist.Distribution], tuple[Callable[[Any], tuple[Group, ...]], tuple[str, ...]]] = {}
+"""The same for classes that users have added."""
+
 MOVING: dict[str, tuple[str, ...]] = {
     "AffineBeta": ("loc", "scale"),
     "Binomial": ("total_count",),
@@ -401,4 +441,5 @@ REPARAMETRIZED = frozenset({
 def is_reparametrized(family: str) -> bool:
     """Whether draws of a family, named as `family_name` does, are differentiable."""
     inner = family.removeprefix("TransformedDistribution(").removesuffix(")")
-    return inner in REPARAMETRIZED
+    own = {kind.__name__ for kind in _OWN if kind.has_rsample}
+    return inner in REPARAMETRIZED | own

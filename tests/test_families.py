@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import torch.distributions
 from torch import Tensor
 
-from pyronat import testing, wrappers
+from pyronat import families, testing, wrappers
 from pyronat.errors import NoFisher, PyronatError, UnsupportedDistribution
 from pyronat.families import (
     FAMILIES,
@@ -989,6 +989,58 @@ def test_number_of_trials_may_differ_between_elements() -> None:
     (group,) = groups(pyro.distributions.Binomial(counts, probs=p))
     torch.testing.assert_close(group.fisher[:, 0, 0], counts * p * (1 - p))
     torch.testing.assert_close(group.bound, counts / 4)
+
+
+# --- families of users -------------------------------------------------------------------------
+
+
+class Own(pyro.distributions.Exponential):
+    """Exponential, from elsewhere."""
+
+
+class Other(Own):
+    """A subclass, whose density may be another one."""
+
+
+def own_form(d: Any) -> tuple[Group, ...]:
+    return (Group("rate", (d.rate,), lambda: families.diagonal(d.rate**-2)),)
+
+
+@pytest.fixture
+def own() -> Iterator[None]:
+    families.add(Own, own_form)
+    yield
+    families._OWN.clear()
+
+
+def test_added_families_have_their_closed_form(own: None) -> None:
+    rate = torch.tensor([0.5, 2.0], requires_grad=True)
+    (group,) = groups(Own(rate))
+    assert torch.equal(group.fisher, groups(torch.distributions.Exponential(rate))[0].fisher)
+    assert score(Own(rate), "rate", rate.detach()).shape == (2, 1)
+    assert families.is_reparametrized("Own")
+    with pytest.raises(UnsupportedDistribution, match=r"Other.*families\.add"):
+        groups(Other(rate))
+
+
+def test_families_that_were_not_added_have_none() -> None:
+    """Negative control."""
+    rate = torch.tensor([0.5, 2.0], requires_grad=True)
+    assert not families.is_reparametrized("Own")
+    with pytest.raises(UnsupportedDistribution):
+        groups(Own(rate))
+
+
+def test_fixed_arguments_of_added_families_are_refused(own: None) -> None:
+    families.add(Own, own_form, fixed=("rate",))
+    with pytest.raises(UnsupportedDistribution, match="rate of Own"):
+        groups(Own(torch.tensor(1.0, requires_grad=True)))
+
+
+@pytest.mark.parametrize("kind", [pyro.distributions.Normal, torch.distributions.Gamma])
+def test_families_of_torch_and_pyro_stay_as_they_are(kind: Any) -> None:
+    with pytest.raises(ValueError, match="is of torch or Pyro"):
+        families.add(kind, own_form)
 
 
 # --- the table of the README -------------------------------------------------------------------

@@ -1,13 +1,20 @@
 """The README says only what is so: its example runs, its tables are complete."""
 
+import importlib
 import inspect
 import re
 import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from test_errors import TABLE as provoked
+from torch import nn
 
 import pyronat
 from pyronat import errors, families
@@ -47,6 +54,25 @@ def test_other_examples_run(number, capsys):
     assert capsys.readouterr().out
 
 
+def test_three_lines_change():
+    """The example trains with them, and by Adam with those that they replace."""
+    torch.set_default_dtype(torch.float32)
+    changes = block("three lines").splitlines()
+    old, new = ([line[1:] for line in changes if line[0] == sign] for sign in "-+")
+    assert len(old) == len(new) == 3
+    lines = block("example").splitlines()
+    assert all(line in lines for line in new)
+    lines = [line for line in lines if not line.startswith("print(")]
+    lines = [re.sub(r"^loss = .*", "loss = pyro.infer.Trace_ELBO()", line) for line in lines]
+    before = [dict(zip(new, old, strict=True)).get(line, line) for line in lines]
+    assert not any("pyronat" in line for line in before)
+    for program, kind in ((before, pyro.infer.SVI), (lines, pyronat.NaturalSVI)):
+        pyro.clear_param_store()
+        namespace = {}
+        exec("\n".join(program), namespace)
+        assert type(namespace["svi"]) is kind and namespace["step"] == 99
+
+
 def test_commands_do_all_the_set_up():
     for marker in ("command: main", "command: test"):
         command = block(marker).strip()
@@ -78,6 +104,152 @@ def test_error_table_is_complete():
     }
     assert raised <= table
     assert {name for name in table if hasattr(errors, name)} == raised
+    assert {row.error.__name__ for row in provoked} == raised
+
+
+def known(name: str) -> bool:
+    """Whether a dotted name is of pyronat, or of one of its modules."""
+    first, *rest = name.split(".")
+    found = pyronat.StepInfo if name.startswith("svi.info.") else getattr(pyronat, first, None)
+    if name.startswith("svi.info."):
+        rest = rest[1:]
+    if found is None:
+        found = importlib.import_module(f"pyronat.{first}")
+    for part in rest:
+        if is_dataclass(found) and part in {field.name for field in fields(found)}:
+            return True
+        found = getattr(found, part, None)
+    return found is not None
+
+
+def test_the_mathematics_is_in_the_code():
+    section = README.partition("## The mathematics on one screen")[2].partition("\n## ")[0]
+    symbols, theorems = (
+        section.partition(head)[2].partition("\n\n")[0]
+        for head in ("| symbol | meaning | code |", "| theorem | function | test |")
+    )
+    names = [re.findall(r"`([^`]+)`", line.split(" | ")[-1]) for line in symbols.splitlines()[2:]]
+    rows = [re.split(r" \| ", line) for line in theorems.splitlines()[2:]]
+    assert len(names) > 10 and len(rows) > 20
+    tests = [re.findall(r"`([^`]+)`", row[-1]) for row in rows]
+    names += [re.findall(r"`([^`]+)`", row[-2]) for row in rows]
+    assert all(names) and all(tests)
+    assert [name for found in names for name in found if not known(name)] == []
+    root = Path(__file__).parents[1]
+    assert [path for found in tests for path in found if not (root / path).is_file()] == []
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What stands between a site and its parents, and the blocks that it makes.
+
+    Attributes:
+        row: of the README, by a part of its first column.
+        make: a network, or None.
+        observe: draws the site from the network and hidden bits `[data, 4]`.
+        blocks: structure, count and size of each block.
+    """
+
+    row: str
+    make: Callable[[], nn.Module | None]
+    observe: Callable[[Any, torch.Tensor], Any]
+    blocks: tuple[tuple[str, int, int], ...]
+
+
+def bits(logits):
+    pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1))
+
+
+def noisy_or(module, h):
+    rate = pyro.param("rate", torch.ones(4, 3))
+    pyro.sample("x", dist.Bernoulli(1 - torch.exp(-0.1 - h @ rate)).to_event(1))
+
+
+def table(module, h):
+    rows = pyro.param("table", torch.ones(2, 2, 3) / 3, constraint=dist.constraints.simplex)
+    pyro.sample("x", dist.Categorical(rows[h[..., 0].long(), h[..., 1].long()]))
+
+
+def loc_and_scale(module, h):
+    loc = pyro.param("loc", torch.zeros(2))
+    scale = pyro.param("scale", torch.ones(2), constraint=dist.constraints.positive)
+    pyro.sample("x", dist.Normal(loc[h[..., 0].long()], scale[h[..., 0].long()]))
+
+
+def conv(module, h):
+    pyro.sample("x", dist.Bernoulli(logits=module(h.unsqueeze(-2))).to_event(2))
+
+
+def layers(size):
+    return nn.Sequential(nn.Linear(4, size), nn.Tanh(), nn.Linear(size, 30))
+
+
+NETWORKS = "several layers, `nn.GRU`"
+KERNELS = (
+    Kernel(
+        "nn.Linear`, `F.linear", lambda: nn.Linear(4, 3), lambda m, h: bits(m(h)), (("unit", 3, 5),)
+    ),
+    Kernel("convolution", lambda: nn.Conv1d(1, 2, 2), conv, (("unit", 2, 3),)),
+    Kernel(
+        "BatchNorm",
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)),
+        lambda m, h: bits(m(h)),
+        (("unit", 3, 7),),
+    ),
+    Kernel("noisy-or", lambda: None, noisy_or, (("unit", 3, 4),)),
+    Kernel("a table", lambda: None, table, (("unit", 4, 3),)),
+    Kernel("locations and scales", lambda: None, loc_and_scale, (("unit", 2, 1), ("unit", 2, 1))),
+    Kernel(
+        "nn.Embedding",
+        lambda: nn.Embedding(2, 3),
+        lambda m, h: bits(m(h[..., 0].long())),
+        (("unit", 6, 1),),
+    ),
+    Kernel(
+        "logits of a Categorical",
+        lambda: nn.Linear(4, 3),
+        lambda m, h: pyro.sample("x", dist.Categorical(logits=m(h))),
+        (("dense", 1, 15),),
+    ),
+    Kernel(NETWORKS, lambda: layers(5), lambda m, h: bits(m(h)), (("dense", 1, 205),)),
+    Kernel(
+        NETWORKS,
+        lambda: nn.GRU(1, 3, batch_first=True),
+        lambda m, h: bits(m(h.unsqueeze(-1))[0][:, -1]),
+        (("dense", 1, 54),),
+    ),
+    Kernel(
+        "the same, larger", lambda: layers(100), lambda m, h: bits(m(h)), (("kronecker", 1, 3530),)
+    ),
+)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: str(kernel.blocks))
+def test_kernels_make_the_blocks_of_the_table(kernel):
+    module = kernel.make()
+
+    def model():
+        with pyro.plate("data", 5):
+            h = pyro.sample("h", dist.Bernoulli(0.5 * torch.ones(4)).to_event(1))
+            if module is not None:
+                pyro.module("net", module)
+            kernel.observe(module, h)
+
+    found = re.search(r"<!-- kernels -->(.*?)<!-- end -->", README, re.DOTALL)
+    assert found is not None
+    (row,) = [line for line in found[1].splitlines() if kernel.row in line.split(" | ")[0]]
+    blocks = pyronat.analyze(model).blocks
+    assert tuple((block.structure, block.count, block.size) for block in blocks) == kernel.blocks
+    held = row.split(" | ")[2]
+    assert all(
+        f'"{block.structure}"' in held and block.exact == ("exact" in held) for block in blocks
+    )
+
+
+def test_every_kernel_of_the_table_is_tested():
+    found = re.search(r"<!-- kernels -->(.*?)<!-- end -->", README, re.DOTALL)
+    for line in found[1].strip().splitlines()[2:]:
+        assert any(kernel.row in line.split(" | ")[0] for kernel in KERNELS), line
 
 
 def test_all_families_are_named():

@@ -1,6 +1,7 @@
 """What the examples share that compare Adam with natural gradients."""
 
 from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import pyronat
-from pyronat.steps import LinearDecay
+from pyronat.averaging import Averages, Exchange
+from pyronat.steps import LinearDecay, PolyakRuppert
+from pyronat.tracing import stored_leaves
 
 Data = tuple[Tensor, ...]
 Step = Callable[[Data], object]
@@ -131,6 +134,30 @@ def stock(
         optim.step()
 
     return step
+
+
+class Averaged:
+    """Averages of iterates for optimizers that have none, as `NaturalGradient(averaging=...)`."""
+
+    def __init__(self, step: Step, rule: PolyakRuppert) -> None:
+        """Has no average before the first step.
+
+        Args:
+            step: Takes a step of all parameters in the store.
+            rule: How iterates are averaged.
+        """
+        self._step, self._rule, self._count = step, rule, 0
+        self._averages = Averages()
+
+    def step(self, data: Data) -> None:
+        """Takes a step, and averages where it led."""
+        self._step(data)
+        self._averages = self._averages.entered(self._rule, self._count, stored_leaves())
+        self._count += 1
+
+    def context(self) -> AbstractContextManager[None]:
+        """In this context the averages stand in the place of the parameters."""
+        return Exchange().context(self._averages, stored_leaves())
 
 
 def natural(model: Any, guide: Any, loss: ELBO, rate: float, steps: int, **options: Any) -> Step:

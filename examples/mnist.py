@@ -3,9 +3,10 @@
 A sigmoid belief network with layers of 784, 200 and 200 units (`models.helmholtz`) is trained with
 per-datum reweighted wake-sleep. Every run has the same budget of processor time, of which only the
 steps count, and every rate falls linearly to 0.02 of its start with the share of the budget that
-is spent. All methods have the same loss, particles, batches and initial parameters. Rates are
-picked on the validation split, by short runs that decay to their own end; each of the natural
-gradients starts from one fixed rate.
+is spent. All methods have the same loss, particles, batches and initial parameters, and the same
+average of their iterates, which is judged beside the last one. Rates are picked on the validation
+split, by short runs that decay to their own end; each of the natural gradients starts from one
+fixed rate.
 
 Run it as `python -m examples.mnist --data FILE.npz`, with the packed bits of a binarization, or
 without `--data` to fetch MNIST from OpenML and binarize it; `--quick` is a small version. It
@@ -13,7 +14,7 @@ prints the search and a table, and writes to the output folder:
 
 * runs.jsonl: one line for each method, rate, seed and mark;
 * table.md: the table;
-* curves.png: test negative log likelihood against minutes of training.
+* curves.png: test negative log likelihood against minutes of training, of averages dashed.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,14 +38,17 @@ from sklearn.datasets import fetch_openml, get_data_home
 from torch import Tensor
 
 import pyronat
-from examples.comparison import Rates, Step, batches, markdown, stock
+from examples.comparison import Averaged, Rates, Step, batches, markdown, stock
 from models.helmholtz import Helmholtz
+from pyronat.steps import PolyakRuppert
 
 HIDDEN = (200, 200)
 BATCH_SIZE = 100
 NUM_PARTICLES = 10
 FLOOR = 0.02
 """Smallest rate, as a share of the first one."""
+AVERAGING = PolyakRuppert(share=0.25)
+"""Of all methods. Parameters still move far in the time of a run: early ones must be forgotten."""
 KEYS = ("train_bits", "valid_bits", "test_bits")
 NUM_TRAIN = 50_000
 NUM_TEST = 10_000
@@ -99,7 +104,20 @@ class Clock:
         return max(FLOOR, 1 - self.seconds / self.budget)
 
 
-Maker = Callable[[Helmholtz, Rate, Clock], Step]
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained.
+
+    Attributes:
+        step: Takes a step.
+        averaged: In its context the averages of iterates stand in the place of the parameters.
+    """
+
+    step: Step
+    averaged: Callable[[], AbstractContextManager[None]]
+
+
+Maker = Callable[[Helmholtz, Rate, Clock], Trainee]
 
 
 @dataclass(frozen=True)
@@ -109,7 +127,7 @@ class Method:
     Attributes:
         name: Name in the table.
         rates: Rates to choose from.
-        make: Makes the function that takes a step.
+        make: Makes what is trained.
     """
 
     name: str
@@ -164,12 +182,14 @@ class Point:
         seconds: Training time that had really passed.
         steps: Steps taken.
         nll: Negative log likelihood of the evaluation split in nats per datum.
+        averaged: That of the average of iterates.
     """
 
     minutes: float
     seconds: float
     steps: int
     nll: float
+    averaged: float
 
 
 @dataclass(frozen=True)
@@ -182,7 +202,8 @@ class Run:
         split: The evaluation split.
         seed: Seed of parameters, batches and particles.
         points: The start and the marks in order; fewer if the run failed.
-        train_nll: Final negative log likelihood of training images in nats per datum.
+        train_nll: Final negative log likelihood of training images in nats per datum, of the last
+            iterate and of the average.
         error: Why the run ended early, or None.
     """
 
@@ -191,13 +212,13 @@ class Run:
     split: str
     seed: int
     points: tuple[Point, ...]
-    train_nll: float
+    train_nll: tuple[float, float]
     error: str | None
 
     @property
     def final(self) -> float:
         """Final negative log likelihood in nats per datum; infinite for a run that failed."""
-        nll = self.points[-1].nll
+        nll = min(self.points[-1].nll, self.points[-1].averaged)
         return nll if self.error is None and math.isfinite(nll) else math.inf
 
 
@@ -255,7 +276,7 @@ def plain(
     machine: Helmholtz,
     rate: Rate,
     clock: Clock,
-) -> Step:
+) -> Trainee:
     """Stock `SVI` with an optimizer of torch.
 
     Args:
@@ -266,16 +287,18 @@ def plain(
         clock: Training time, with which they fall.
 
     Returns:
-        Function that takes a step.
+        What is trained.
     """
     of_guide = {name for name in pyro.get_param_store() if name.startswith("recognition")}
     rates = Rates(scale * rate.model, scale * rate.guide, of_guide)
-    return stock(machine.model, machine.guide, make_loss(), optimizer, rates, clock.decay)
+    step = stock(machine.model, machine.guide, make_loss(), optimizer, rates, clock.decay)
+    averaged = Averaged(step, AVERAGING)
+    return Trainee(averaged.step, averaged.context)
 
 
 def natural(
     options: Callable[[], dict[str, Any]], machine: Helmholtz, rate: Rate, clock: Clock
-) -> Step:
+) -> Trainee:
     """`NaturalSVI`.
 
     Args:
@@ -285,11 +308,13 @@ def natural(
         clock: Training time, with which it falls.
 
     Returns:
-        Function that takes a step.
+        What is trained.
     """
-    optim = pyronat.NaturalGradient(lr=lambda step: rate.model * clock.decay(step), **options())
+    optim = pyronat.NaturalGradient(
+        lr=lambda step: rate.model * clock.decay(step), averaging=AVERAGING, **options()
+    )
     svi = pyronat.NaturalSVI(machine.model, machine.guide, optim, make_loss())
-    return lambda data: svi.step(*data)
+    return Trainee(lambda data: svi.step(*data), svi.averaged)
 
 
 def grid(*texts: str) -> tuple[Rate, ...]:
@@ -348,6 +373,15 @@ def nll(machine: Helmholtz, x: Tensor, settings: Settings) -> float:
     return -float(machine.importance_log_likelihood(some, settings.eval_particles).mean())
 
 
+def both(
+    machine: Helmholtz, trainee: Trainee, x: Tensor, settings: Settings
+) -> tuple[float, float]:
+    """`nll` of the last iterate and of the average of iterates."""
+    last = nll(machine, x, settings)
+    with trainee.averaged():
+        return last, nll(machine, x, settings)
+
+
 def make_machine(x: Tensor, hidden: Sequence[int], seed: int) -> Helmholtz:
     """Empties the parameter store and fills it with a new machine's initial parameters.
 
@@ -390,21 +424,23 @@ def train(
     clock = Clock(60 * minutes)
     marks = [minutes * (i + 1) / settings.marks for i in range(settings.marks)]
     marks = marks[-1:] if searching else marks
-    points = [Point(0.0, 0.0, 0, nll(machine, evaluation, settings))]
-    step, error = method.make(machine, rate, clock), None
+    start = nll(machine, evaluation, settings)
+    points = [Point(0.0, 0.0, 0, start, start)]
+    trainee, error = method.make(machine, rate, clock), None
     try:
         for count, batch in enumerate(batches((data.train,), BATCH_SIZE, seed), start=1):
-            clock.time(step, batch)
+            clock.time(trainee.step, batch)
             passed = [mark for mark in marks if clock.seconds >= 60 * mark]
             if passed:
-                value = nll(machine, evaluation, settings)
-                points += [Point(mark, clock.seconds, count, value) for mark in passed]
+                nlls = both(machine, trainee, evaluation, settings)
+                points += [Point(mark, clock.seconds, count, *nlls) for mark in passed]
                 marks = marks[len(passed) :]
             if not marks:
                 break
     except (ValueError, pyronat.PyronatError) as problem:
         error = f"{type(problem).__name__}: {problem}".splitlines()[0]
-    train_nll = math.nan if error else nll(machine, data.train, settings)
+    failed = (math.nan, math.nan)
+    train_nll = failed if error else both(machine, trainee, data.train, settings)
     run = Run(method.name, rate, split, seed, tuple(points), train_nll, error)
     print(f"  {method.name}, rate {rate}, seed {seed}: {described(run)}", flush=True)
     return run
@@ -415,7 +451,8 @@ def described(run: Run) -> str:
     if run.error is not None:
         return run.error
     last = run.points[-1]
-    return f"{last.nll:.2f} nats ({run.split}) after {last.steps} steps, {last.seconds:.0f} s"
+    nlls = f"{last.nll:.2f}, averaged {last.averaged:.2f} nats"
+    return f"{nlls} ({run.split}) after {last.steps} steps, {last.seconds:.0f} s"
 
 
 def chosen(method: Method, data: Splits, settings: Settings) -> tuple[Rate, list[Run]]:
@@ -438,10 +475,14 @@ def chosen(method: Method, data: Splits, settings: Settings) -> tuple[Rate, list
 # --- results -------------------------------------------------------------------------------------
 
 
-def mean_curve(runs: Sequence[Run]) -> list[tuple[float, float]]:
-    """Minutes and mean negative log likelihood at the marks that all runs have."""
+KINDS = ("nll", "averaged")
+"""What is judged: the last iterate, and the average of iterates."""
+
+
+def mean_curve(runs: Sequence[Run], kind: str = "nll") -> list[tuple[float, float]]:
+    """Minutes and mean negative log likelihood of a kind at the marks that all runs have."""
     return [
-        (points[0].minutes, statistics.fmean(point.nll for point in points))
+        (points[0].minutes, statistics.fmean(getattr(point, kind) for point in points))
         for points in zip(*(run.points for run in runs), strict=False)
     ]
 
@@ -473,21 +514,22 @@ def table(groups: Mapping[str, Sequence[Run]]) -> str:
     Returns:
         The table; negative log likelihoods in nats per datum, means over seeds.
     """
-    curves = {key: mean_curve(runs) for key, runs in groups.items()}
+    curves = {(key, kind): mean_curve(runs, kind) for key, runs in groups.items() for kind in KINDS}
     finals = [statistics.fmean(run.final for run in groups[key]) for key in ADAMS if key in groups]
     target = min(finals, default=-math.inf)
     minutes = [minute for minute, _ in max(curves.values(), key=len)[1:]]
     header = ["method", "rate", "steps", *(f"{minute:.3g} min" for minute in minutes)]
     rows = [[*header, "training images", "reaches best Adam's final after"]]
-    for key, runs in groups.items():
-        cells = [f"{value:.2f}" for _, value in curves[key][1:]]
-        when = reached(curves[key], target)
+    for (key, kind), curve in curves.items():
+        runs = groups[key]
+        cells = [f"{value:.2f}" for _, value in curve[1:]]
+        when = reached(curve, target)
         rows.append([
-            runs[0].method,
+            runs[0].method + ("" if kind == "nll" else ", averaged"),
             str(runs[0].rate),
             f"{statistics.fmean(run.points[-1].steps for run in runs):.0f}",
             *(cells + ["failed"] * (len(minutes) - len(cells))),
-            f"{statistics.fmean(run.train_nll for run in runs):.2f}",
+            f"{statistics.fmean(run.train_nll[KINDS.index(kind)] for run in runs):.2f}",
             "–" if when is None else f"{when:.2g} min",
         ])
     return markdown(rows)
@@ -509,7 +551,7 @@ def write_lines(runs: Sequence[Run], path: Path) -> None:
 
 
 def plot_curves(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
-    """Draws negative log likelihood against training time.
+    """Draws negative log likelihood against training time, that of averages dashed.
 
     Args:
         groups: Test runs of all seeds by key of the method.
@@ -523,6 +565,8 @@ def plot_curves(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
             axes.plot(xs, ys, color=f"C{index}", alpha=0.3, linewidth=0.8)
         label = f"{runs[0].method}, rate {runs[0].rate}"
         axes.plot(*zip(*mean_curve(runs), strict=True), color=f"C{index}", label=label)
+        averaged = zip(*mean_curve(runs, "averaged"), strict=True)
+        axes.plot(*averaged, color=f"C{index}", linestyle="--")
     finals = [run.final for runs in groups.values() for run in runs if math.isfinite(run.final)]
     if finals:
         axes.set_ylim(min(finals) - 2, max(finals) + 20)

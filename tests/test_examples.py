@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from examples import mnist, streaming, zoo
+from examples.comparison import Averaged
 from models.registry import programs
+from pyronat.tracing import stored_leaves
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 OUTPUTS = {
@@ -108,7 +110,8 @@ def check_mnist(output: Path, printed: str) -> None:
     """Every method ran from the same start to its end, those with many rates after a search."""
     lines = [json.loads(line) for line in (output / "runs.jsonl").read_text().splitlines()]
     assert (output / "table.md").read_text() in printed + "\n"
-    assert all(line["error"] is None and math.isfinite(line["nll"]) for line in lines)
+    assert all(line["error"] is None for line in lines)
+    assert all(math.isfinite(line["nll"]) and math.isfinite(line["averaged"]) for line in lines)
     methods = {method.name: len(method.rates) > 1 for method in mnist.METHODS.values()}
     assert {line["method"] for line in lines} == set(methods)
     starts = {line["split"]: line["nll"] for line in lines if line["steps"] == 0}
@@ -122,6 +125,7 @@ def check_mnist(output: Path, printed: str) -> None:
         assert tests[0]["nll"] == starts["test"] > tests[-1]["nll"]
         assert all(line["seconds"] >= 60 * line["minutes"] for line in tests)
         assert tests[-1]["steps"] > 0
+        assert starts["test"] > tests[-1]["averaged"] != tests[-1]["nll"]
         assert len({line["rate"] for line in tests}) == 1
         assert {line["rate"] for line in tests} <= {line["rate"] for line in searches or tests}
 
@@ -175,6 +179,29 @@ def test_mnist_rates_fall_with_the_time_that_is_spent() -> None:
     assert clock.decay(0) == pytest.approx(0.6)
     clock.seconds = 11.0
     assert clock.decay(0) == mnist.FLOOR
+
+
+def test_averages_by_hand_are_those_of_the_optimizer() -> None:
+    x = torch.rand(20, 6, generator=torch.Generator().manual_seed(0)).round()
+
+    def values() -> dict[str, torch.Tensor]:
+        return {name: leaf.detach().clone() for name, leaf in stored_leaves().items()}
+
+    found = []
+    for by_hand in (False, True):
+        machine = mnist.make_machine(x, (3, 2), seed=0)
+        trainee = mnist.natural(dict, machine, mnist.Rate.of("0.3"), mnist.Clock(60.0))
+        if by_hand:
+            averaged = Averaged(trainee.step, mnist.AVERAGING)
+            trainee = mnist.Trainee(averaged.step, averaged.context)
+        for _ in range(5):
+            trainee.step((x,))
+        last = values()
+        with trainee.averaged():
+            found.append(values())
+        assert all(torch.equal(last[name], value) for name, value in values().items())
+        assert all(not torch.equal(last[name], value) for name, value in found[-1].items())
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from pyronat.records import SiteRecord
 from pyronat.tables import TableRows
 from pyronat.weights import joined_dims
 from pyronat.wrappers import base_value, wrappers
+
+FEW = 4
+"""Rows that are added to together, at least on average, where that is done piece by piece."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,9 @@ def datum_scores(
     Returns:
         `[count, width]` in nats per unit of each parameter entry.
     """
-    return _summed([factors], slots, columns)
+    total = _like([factors]).new_zeros(slots.count, columns.width)
+    _add_runs(total, [factors], slots, columns)
+    return total
 
 
 @dataclass(frozen=True)
@@ -115,47 +121,76 @@ class DatumScores(Sequence[Tensor]):
         """Scores of one run `[count, width]`."""
         return datum_scores(self.runs[index], self.slots, self.columns)
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and device of the scores."""
+        return _like(self.runs)
+
     def combined(self, coefficients: Tensor) -> Tensor:
         """Σ_k c_k s_k `[count, width]` for coefficients c `[runs, count]`; no s_k is formed."""
-        return _summed(self.runs, self.slots, self.columns, coefficients)
+        total = self.like.new_zeros(self.slots.count, self.columns.width)
+        self.add_combined(total, coefficients, torch.arange(len(total), device=total.device))
+        return total
+
+    def add_combined(self, total: Tensor, coefficients: Tensor, places: Tensor) -> None:
+        """Adds the same of each datum to a row of `total` `[rows, width]`, places `[count]`."""
+        _add_runs(total, self.runs, self.slots, self.columns, (coefficients, places))
 
 
-def _summed(
+def _like(runs: Sequence[Sequence[tuple[UnitFactor, Tensor]]]) -> Tensor:
+    """A tensor of the type and device of the scores of some runs."""
+    first = next((factor for factors in runs for factor, _ in factors), None)
+    return torch.empty(0) if first is None else first.group.coordinates[0].detach()
+
+
+def _add_runs(
+    total: Tensor,
     runs: Sequence[Sequence[tuple[UnitFactor, Tensor]]],
     slots: Slots,
     columns: BlockColumns,
-    coefficients: Tensor | None = None,
-) -> Tensor:
-    """The sum over runs `[count, width]`, weighted by `[runs, count]` coefficients or plain."""
-    first = next((factor for factors in runs for factor, _ in factors), None)
-    like = torch.empty(0) if first is None else first.group.coordinates[0].detach()
-    total = {
-        name: like.new_zeros(slots.count, block.count, block.size)
-        for name, block in columns.blocks.items()
-    }
+    combination: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Adds scores, summed over runs.
+
+    Args:
+        total: what they are added to `[rows, width]`.
+        runs: for each, its factors with a weight for every element of their sites.
+        slots: which element belongs to which datum.
+        columns: the blocks.
+        combination: coefficients of each run and datum `[runs, count]`, and the row of each datum
+            `[count]`; by default 1, and a row for each.
+    """
+    parts = columns.split(total)
+    products: dict[str, list[_Products]] = {name: [] for name in parts}
     for number, factors in enumerate(runs):
+        own = None if combination is None else (combination[0][number], combination[1])
         known: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         for factor, weights in factors:
             key = id(factor.record), factor.group.name
             if key not in known:
-                found, rows = _element_scores(factor, weights, slots)
-                if coefficients is not None and slots.count:
-                    found = found * coefficients[number][rows.clamp_min(0)].unsqueeze(1)
-                known[key] = found, rows
-            _add(total[factor.block], factor, *known[key])
-    return columns.join(total)
+                known[key] = _element_scores(factor, weights, slots, own)
+            if factor.inputs is None:
+                _add_entries(parts[factor.block], factor, *known[key])
+            else:
+                products[factor.block].append(_unit_products(factor, *known[key]))
+    for name, found in products.items():
+        _add_products(parts[name], found)
 
 
-def _element_scores(factor: UnitFactor, weights: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+def _element_scores(
+    factor: UnitFactor, weights: Tensor, slots: Slots, combination: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
     """Weighted scores of a site's base elements in the coordinates of a group, and their rows.
 
     Args:
         factor: the site and the group.
         weights: `[*batch]`.
         slots: which element belongs to which datum.
+        combination: coefficient and row of each datum `[count]`, or None for 1 and its own.
 
     Returns:
-        `[elements, size]`, and the row of each element `[elements]`.
+        `[elements, size]`, and the row of each element, of the base's batch shape; −1 for data that
+        are left out.
 
     Raises:
         UnsupportedDistribution: if elements of several data share one distribution.
@@ -181,8 +216,11 @@ def _element_scores(factor: UnitFactor, weights: Tensor, slots: Slots) -> tuple[
             f"site {record.name!r}: one distribution is shared by the elements of "
             f"{', '.join(plate.name for plate in slots.plates.plates)}; expand it in the model"
         ) from error
-    rows = rows.reshape(torch.Size([*batch, *[1] * joined])).expand(base.batch_shape)
-    return found.reshape(-1, found.shape[-1]), rows.reshape(-1)
+    rows = rows.reshape(torch.Size([*batch, *[1] * joined]))
+    if combination is not None and slots.count:
+        coefficients, places = (part[rows.clamp_min(0)] for part in combination)
+        found, rows = found * coefficients.unsqueeze(-1), torch.where(rows < 0, rows, places)
+    return found.reshape(-1, found.shape[-1]), rows.expand(base.batch_shape)
 
 
 def _to_base(weights: Tensor, distribution: Distribution) -> Tensor:
@@ -198,12 +236,24 @@ def _to_base(weights: Tensor, distribution: Distribution) -> Tensor:
     return weights
 
 
-def _add(total: Tensor, factor: UnitFactor, scores: Tensor, rows: Tensor) -> None:
-    """Adds Jᵀ δ of one factor to the scores `[rows, count, size]` of its block."""
-    if factor.inputs is None:
-        _add_entries(total, factor, scores, rows)
-        return
+class _Products(NamedTuple):
+    """Scores δ ⊗ a of linear units.
+
+    Attributes:
+        slopes: δ `[rows, units]`.
+        inputs: a `[rows, size]`.
+        places: datum of each row `[rows]`, or of each of its units `[rows, units]`.
+    """
+
+    slopes: Tensor
+    inputs: Tensor
+    places: Tensor
+
+
+def _unit_products(factor: UnitFactor, scores: Tensor, rows: Tensor) -> _Products:
+    """Scores of linear units, of data that are wanted."""
     units, inputs = factor.units, factor.inputs
+    assert inputs is not None
     slopes = scores.reshape(-1, units)
     if factor.slope is not None:
         slopes = slopes * factor.slope
@@ -213,21 +263,45 @@ def _add(total: Tensor, factor: UnitFactor, scores: Tensor, rows: Tensor) -> Non
         inputs = inputs[factor.places]
     elif repeats > 1:
         inputs = inputs.repeat(repeats, 1)
-    if bool((rows == rows[:, :1]).all()):
-        if torch.equal(rows[:, 0], torch.arange(len(total), device=rows.device)):
-            total.baddbmm_(slopes.unsqueeze(2), inputs.unsqueeze(1))
-            return
-        chosen = rows[:, 0] >= 0
-        products = slopes[chosen].unsqueeze(2) * inputs[chosen].unsqueeze(1)
-        total.index_add_(0, rows[chosen, 0], products)
-        return
-    row, unit = (rows >= 0).nonzero(as_tuple=True)
-    products = slopes[row, unit].unsqueeze(1) * inputs[row]
-    total.view(-1, inputs.shape[1]).index_add_(0, rows[row, unit] * units + unit, products)
+    if rows.stride(1) and not bool((rows == rows[:, :1]).all()):
+        return _Products(slopes, inputs, rows)
+    chosen = rows[:, 0] >= 0
+    return _Products(slopes[chosen], inputs[chosen], rows[chosen, 0])
+
+
+def _add_products(total: Tensor, products: Sequence[_Products]) -> None:
+    """Adds scores of linear units to those of a block `[rows, units, size]`."""
+    alike: dict[tuple[int, ...], list[_Products]] = {}
+    for some in products:
+        if some.places.dim() == 1:
+            alike.setdefault(tuple(some.places.tolist()), []).append(some)
+        else:
+            row, unit = (some.places >= 0).nonzero(as_tuple=True)
+            values = some.slopes[row, unit].unsqueeze(1) * some.inputs[row]
+            total.index_put_((some.places[row, unit], unit), values, accumulate=True)
+    for places, group in alike.items():
+        slopes = torch.stack([some.slopes for some in group], 2)
+        inputs = torch.stack([some.inputs for some in group], 1)
+        pieces = _consecutive(places)
+        if len(pieces) <= max(len(places) // FEW, 1):
+            for own, rows in pieces:
+                total[rows].baddbmm_(slopes[own], inputs[own])
+        else:
+            total.index_add_(0, group[0].places, slopes @ inputs)
+
+
+def _consecutive(places: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Pieces of a sequence that count up by one: where they are, and what they are."""
+    starts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1] + 1]
+    return [
+        (slice(start, end), slice(places[start], places[start] + end - start))
+        for start, end in pairwise([*starts, len(places)])
+    ]
 
 
 def _add_entries(total: Tensor, factor: UnitFactor, scores: Tensor, rows: Tensor) -> None:
     assert factor.jacobian is not None
+    rows = rows.reshape(-1)
     chosen = rows >= 0
     if factor.table is not None:
         _add_rows(total, factor.jacobian, factor.table, scores[chosen], rows[chosen], chosen)

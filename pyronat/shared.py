@@ -130,19 +130,29 @@ class SharedSolver(Solver):
         """(units, size)."""
         return self.values.shape
 
+    def part(self, units: slice) -> SharedSolver:
+        """The solver of some units."""
+        return replace(self, values=self.values[units])
+
     def solve(self, vectors: Tensor) -> Tensor:
         """V diag(1 / values) Vᵀ x for `[units, size]`; 0 for units of which nothing is known."""
-        return self.unwhiten(self.whiten(vectors)).to(vectors.dtype)
+        inner = self._times(vectors, self.basis).mul_(self._reciprocals)
+        return self._times(inner, self.basis.mT).to(vectors.dtype)
 
     def whiten(self, vectors: Tensor) -> Tensor:
         """diag(values)^−½ Vᵀ x for `[*rows, units, size]`; 0 where nothing is known of a unit."""
-        return (vectors.to(self.basis) @ self.basis) * self._inverse_roots
+        return self._times(vectors, self.basis).mul_(self._reciprocals.sqrt())
 
     def unwhiten(self, vectors: Tensor) -> Tensor:
         """V diag(values)^−½ x for `[*rows, units, size]`; 0 where nothing is known of a unit."""
-        return (vectors.to(self.basis) * self._inverse_roots) @ self.basis.mT
+        return self._times(vectors.to(self.basis) * self._reciprocals.sqrt(), self.basis.mT)
+
+    def _times(self, vectors: Tensor, matrix: Tensor) -> Tensor:
+        """X M, as one product of matrices however many dimensions there are."""
+        flat = vectors.to(self.basis).reshape(-1, len(matrix))
+        return (flat @ matrix).reshape(vectors.shape)
 
     @cached_property
-    def _inverse_roots(self) -> Tensor:
+    def _reciprocals(self) -> Tensor:
         tiny = torch.finfo(self.values.dtype).tiny
-        return torch.where(self.values > tiny, self.values.clamp_min(tiny).rsqrt(), 0.0)
+        return torch.where(self.values > tiny, 1 / self.values.clamp_min(tiny), 0.0)

@@ -12,7 +12,7 @@ Laird & Rubin 1977: the convergence rate of EM).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -34,6 +34,9 @@ MAX_NUMBERS = 2**24
 
 _MAX_DOUBLE = 2**22
 """Numbers in the rows or the matrix of a district that are taken to float64."""
+
+_CHUNK_NUMBERS = 2**19
+"""Numbers of very wide districts that are whitened at a time, so that they stay in the cache."""
 
 _NEGLIGIBLE = 1e-6
 """Missing information, as a share of the whole, that is taken for none."""
@@ -68,8 +71,8 @@ class VisibleAverage:
                 other, matrix=torch.lerp(self.matrix, other.matrix, share), num_dreams=count
             )
         assert self.rows is not None and other.rows is not None
-        rows = torch.cat([other.rows * share**0.5, self.rows * keep**0.5])
-        return replace(other, rows=sketched(rows, self.max_rows), num_dreams=count)
+        parts = [(other.rows, share**0.5), (self.rows, keep**0.5)]
+        return replace(other, rows=sketched(parts, self.max_rows), num_dreams=count)
 
 
 @dataclass(frozen=True)
@@ -169,22 +172,33 @@ class Spectrum:
         }
 
 
-def sketched(rows: Tensor, count: int) -> Tensor:
+def sketched(parts: Sequence[tuple[Tensor, float]], count: int) -> Tensor:
     """Fewer rows whose Gram matrix has the same expectation: sums with random signs.
 
     Args:
-        rows: `[rows, width]`.
+        parts: rows `[rows, width]`, each with a factor on them.
         count: rows to keep at most.
 
     Returns:
         `[at most count, width]`.
     """
-    if len(rows) <= count:
-        return rows
-    signs = torch.randint(2, (len(rows), 1), device=rows.device).to(rows) * 2 - 1
-    found = rows.new_zeros(count, rows.shape[1])
-    order = torch.arange(len(rows), device=rows.device) % count
-    return found.index_add_(0, order, rows * signs)
+    total = sum(len(rows) for rows, _ in parts)
+    first = parts[0][0]
+    found = first.new_empty(min(total, count), first.shape[1])
+    signs = torch.randint(2, (total, 1), device=first.device).to(first) * 2 - 1
+    # Piece by piece, so that the rows are not written down once more.
+    place, written = 0, 0
+    for rows, factor in parts:
+        while len(rows):
+            some, rows = rows.tensor_split([len(found) - place])
+            scale = signs[written : written + len(some)] * factor
+            target = found[place : place + len(some)]
+            if written < len(found):
+                torch.mul(some, scale, out=target)
+            else:
+                target.addcmul_(some, scale)
+            written, place = written + len(some), (place + len(some)) % len(found)
+    return found
 
 
 def spectrum(
@@ -204,26 +218,33 @@ def spectrum(
         damping: what was added to their diagonals before, `[count]`; nothing by default.
 
     Returns:
-        The spectrum, in float64; in the type of the factors for very wide districts.
+        The spectrum, in float64; in the type of the rows for very wide districts.
     """
     if average.matrix is not None:
         half = _whitened(average.matrix, factors)
         values, directions = torch.linalg.eigh(_symmetric(_whitened(half.mT, factors)))
         missing = values if average.kind == "missing" else 1 - values
+        if average.kind != "observed":
+            missing = missing.clamp(0, 1)
+        kept = missing.abs() > _NEGLIGIBLE
+        directions = directions[:, kept]
     else:
         assert average.rows is not None
-        rows = _whitened(average.rows, factors)
-        values, vectors = torch.linalg.eigh(_symmetric(rows @ rows.mT).double())
-        seen = values > _NEGLIGIBLE
-        values, vectors = values[seen], vectors[:, seen]
-        directions = rows.mT @ (vectors / values.sqrt()).to(rows)
-        missing = values * _signal_share(rows, values, average.num_dreams)
-    if average.kind != "observed":
-        missing = missing.clamp(0, 1)
-    kept = missing.abs() > _NEGLIGIBLE
+        rows, small = average.rows, average.rows.numel() <= _MAX_DOUBLE
+        white = _whitened(rows, factors) if small else None
+        gram = _gram(rows, factors) if white is None else white @ white.mT
+        values, vectors = torch.linalg.eigh(_symmetric(gram).double())
+        share = _signal_share(gram.diagonal(), values, rows.shape[1], average.num_dreams)
+        missing = (values * share).clamp(0, 1)
+        kept = missing > _NEGLIGIBLE
+        chosen = vectors[:, kept] / values[kept].sqrt()
+        if white is None:  # the few that are kept are whitened once more rather than all held
+            directions = _whitened(chosen.mT.to(rows) @ rows, factors).mT.to(rows.dtype)
+        else:
+            directions = white.mT @ chosen
     return Spectrum(
         dict(factors),
-        directions[:, kept],
+        directions,
         (1 - missing[kept]).to(directions),
         average.kind != "missing",
         damping or {},
@@ -249,15 +270,38 @@ def _whitened(rows: Tensor, factors: Mapping[str, Whitener]) -> Tensor:
     return white if rows.numel() > _MAX_DOUBLE else white.double()
 
 
-def _signal_share(rows: Tensor, values: Tensor, num_dreams: float) -> float:
+def _gram(rows: Tensor, factors: Mapping[str, Whitener]) -> Tensor:
+    """R L⁻ᵀ L⁻¹ Rᵀ `[rows, rows]` of rows `[rows, width]`, a few units at a time."""
+    total = rows.new_zeros(len(rows), len(rows))
+    shapes = [factor.shape for factor in factors.values()]
+    parts = rows.split([shape.numel() for shape in shapes], 1)
+    for factor, shape, part in zip(factors.values(), shapes, parts, strict=True):
+        each, step = part.unflatten(1, shape), max(_CHUNK_NUMBERS // (len(rows) * shape[1]), 1)
+        for start in range(0, shape[0], step):
+            units = slice(start, start + step)
+            white = factor.part(units).whiten(each[:, units]).flatten(1).to(total)
+            total.addmm_(white, white.mT)
+    return total
+
+
+def _signal_share(squares: Tensor, values: Tensor, width: int, num_dreams: float) -> float:
     """Share of ‖RᵀR‖² that is not sampling noise, 1 where dreams are many.
 
     The rows are independent, so that the noise of their sum is about Σ ‖r‖⁴ − ‖RᵀR‖² / n.
+
+    Args:
+        squares: ‖r‖² `[rows]`.
+        values: eigenvalues of RᵀR that are not 0.
+        width: of the rows.
+        num_dreams: dreams behind them.
+
+    Returns:
+        The share.
     """
     total = float(values.square().sum())
-    if num_dreams >= ENOUGH * rows.shape[1] or total == 0:
+    if num_dreams >= ENOUGH * width or total == 0:
         return 1.0
-    noise = float(rows.square().sum(1).square().sum()) - total / len(rows)
+    noise = float(squares.square().sum()) - total / len(squares)
     return max(0.0, 1 - max(noise, 0.0) / total)
 
 

@@ -32,7 +32,7 @@ from pyronat.observation import observe_units
 from pyronat.plans import Plan
 from pyronat.records import Run, SiteRecord
 from pyronat.scores import BlockColumns, DatumScores, Slots, element_weights
-from pyronat.spectrum import ENOUGH, MAX_NUMBERS, MAX_ROWS, Kind, VisibleAverage, sketched
+from pyronat.spectrum import ENOUGH, MAX_NUMBERS, MAX_ROWS, Kind, VisibleAverage
 from pyronat.tracing import Program
 
 MAX_DENSE_WIDTH = 512
@@ -71,15 +71,30 @@ class Particles:
         mean = torch.einsum("kb,kbp->bp", self.weights, scores)
         return self._roots(debias).unsqueeze(-1) * (scores - mean)
 
-    def signed_deviation(self, debias: bool) -> Tensor:
-        """One row for each datum `[data, width]`: its deviations, summed with random signs.
+    def add_deviations(self, rows: Tensor, places: Tensor, factor: float, debias: bool) -> None:
+        """Adds a row for each datum: its deviations times a factor, summed with random signs.
 
-        The covariance of the row is that of all of them, and no more than one particle's scores are
-        held at a time.
+        The covariance of what is added is that of all deviations, and the covariance of several
+        data in one row the sum of theirs. No scores are formed of a single particle.
+
+        Args:
+            rows: what they are added to `[rows, width]`.
+            places: row of each datum `[data]`.
+            factor: on them.
+            debias: see `deviations`.
         """
-        roots = self._roots(debias)
+        roots = factor * self._roots(debias)
         signed = (torch.randint(2, roots.shape).to(roots) * 2 - 1) * roots
-        return self._combined(signed - self.weights * signed.sum(0))
+        coefficients = signed - self.weights * signed.sum(0)
+        if isinstance(self.scores, DatumScores):
+            self.scores.add_combined(rows, coefficients, places)
+        else:
+            rows.index_add_(0, places, self._combined(coefficients))
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and device of the scores."""
+        return self.scores.like if isinstance(self.scores, DatumScores) else self.scores
 
     def _roots(self, debias: bool) -> Tensor:
         """√(f w) `[particles, data]`."""
@@ -118,11 +133,16 @@ class ExactPosterior:
 
     def deviations(self, debias: bool) -> Tensor:
         """Rows s_1 − s_V `[1, data, width]`, whose covariance is that of the posterior exactly."""
-        return self.signed_deviation(debias).unsqueeze(0)
+        return (self.own - self.visible).unsqueeze(0)
 
-    def signed_deviation(self, debias: bool) -> Tensor:
-        """s_1 − s_V `[data, width]`."""
-        return self.own - self.visible
+    def add_deviations(self, rows: Tensor, places: Tensor, factor: float, debias: bool) -> None:
+        """Adds factor · (s_1 − s_V), of mean 0 for each datum, to rows `[rows, width]`."""
+        rows.index_add_(0, places, self.own - self.visible, alpha=factor)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and device of the scores."""
+        return self.own
 
 
 Evidence: TypeAlias = Particles | ExactPosterior
@@ -268,7 +288,8 @@ class _Sum:
     def __init__(self, design: Design) -> None:
         self.design = design
         self._taken = {part.sites: 0 for part in design.district.parts}
-        self._rows: list[Tensor] = []
+        self._rows: Tensor | None = None
+        self._next = 0
         self._matrix: Tensor | None = None
         self._local: list[Tensor] = []
 
@@ -289,39 +310,49 @@ class _Sum:
             if weights is not None and len(chosen):
                 ess.append(1 / weights[:, chosen].square().sum(0))
             for some in chosen.split(self._chunk(night)):
-                rows = self._rows_of(night.evidence(part, self.design.columns, some))
-                self._keep(rows * weight**0.5)
+                evidence = night.evidence(part, self.design.columns, some)
+                self._keep(evidence, len(some), weight**0.5)
         return ess
 
     def _chunk(self, night: Night) -> int:
-        held = night.num_particles if self.design.dense else 3
+        """Dreams whose scores are held at once."""
+        held = night.num_particles if self.design.dense else 1
         bytes_each = 8 * self.design.columns.width * held
         return max(self.design.memory // max(bytes_each, 1), 1)
 
-    def _rows_of(self, evidence: Evidence) -> Tensor:
-        if self.design.kind == "visible":
-            return evidence.mean()
+    def _keep(self, evidence: Evidence, count: int, factor: float) -> None:
+        """Adds what some dreams say, times a factor on scores."""
         enough = self.design.effective >= 5 * self.design.columns.width
-        if self.design.dense:
-            return evidence.deviations(debias=enough).flatten(0, 1)
-        return evidence.signed_deviation(debias=enough)
-
-    def _keep(self, rows: Tensor) -> None:
-        if self.design.dense:
-            gram = rows.mT @ rows
-            self._matrix = gram if self._matrix is None else self._matrix + gram
+        if not self.design.dense:
+            self._add_rows(evidence, count, factor, enough)
+            return
+        if self.design.kind == "visible":
+            rows = evidence.mean()
         else:
-            # Sketched at once, so that no more than this is ever held.
-            self._rows = [sketched(torch.cat([*self._rows, rows]), self._max_rows())]
+            rows = evidence.deviations(debias=enough).flatten(0, 1)
+        gram = (rows.mT @ rows) * factor**2
+        self._matrix = gram if self._matrix is None else self._matrix + gram
+
+    def _add_rows(self, evidence: Evidence, count: int, factor: float, debias: bool) -> None:
+        """Adds a row for each dream; where all rows have been taken, to the first ones again."""
+        if self._rows is None:
+            self._rows = evidence.like.new_zeros(self._num_rows(), self.design.columns.width)
+        places = torch.arange(self._next, self._next + count, device=self._rows.device)
+        evidence.add_deviations(self._rows, places % len(self._rows), factor, debias)
+        self._next += count
 
     def average(self) -> VisibleAverage:
         """The estimate."""
-        rows = self._rows[0] if self._rows else None
         matrix = self._matrix
         if matrix is not None and self._local:
             matrix = matrix + torch.stack(self._local).mean(0)
         count = float(self.design.num_dreams)
-        return VisibleAverage(self.design.kind, matrix, rows, count, self._max_rows())
+        return VisibleAverage(self.design.kind, matrix, self._rows, count, self._max_rows())
+
+    def _num_rows(self) -> int:
+        """Rows that the dreams of one refresh are summed in."""
+        wanted = self.design.num_dreams * len(self.design.district.hidden_parts)
+        return max(min(wanted, self._max_rows()), 1)
 
     def _max_rows(self) -> int:
         """Rows that are kept."""

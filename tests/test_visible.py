@@ -261,21 +261,25 @@ def test_exact_averages_stay_exact() -> None:
 def test_sketches_are_unbiased() -> None:
     rows = randn(1, 3 * MAX_ROWS + 50, 3) * torch.linspace(0, 1, 3 * MAX_ROWS + 50)[:, None]
     expected = rows.mT @ rows
-    found = torch.stack([part.mT @ part for part in (sketched(rows, MAX_ROWS) for _ in range(500))])
-    assert sketched(rows, MAX_ROWS).shape == (MAX_ROWS, 3)
+    parts = [(rows[:90] / 2, 2.0), (rows[90:], 1.0)]
+    found = torch.stack([
+        part.mT @ part for part in (sketched(parts, MAX_ROWS) for _ in range(500))
+    ])
+    assert sketched(parts, MAX_ROWS).shape == (MAX_ROWS, 3)
     assert found.std(0).min() > 0
     assert testing.z_score(found, expected).abs().max() < Z_LIMIT
     # Negative control: without signs neighbours would add up.
     assert testing.z_score(found, 1.05 * expected).abs().max() > Z_LIMIT
-    few = rows[:MAX_ROWS]
-    assert sketched(few, MAX_ROWS) is few
+    few = sketched([(rows[:10], 0.5), (rows[10:30], 0.5)], MAX_ROWS)
+    torch.testing.assert_close(few.mT @ few, rows[:30].mT @ rows[:30] / 4)
 
 
 def share(num_rows: int, width: int, signal: float, num_dreams: float | None = None) -> float:
     noise = torch.randn(num_rows, width) / num_rows**0.5
     rows = torch.cat([noise, signal * torch.eye(width)[:1]])
     values = torch.linalg.eigvalsh(rows.mT @ rows)
-    return spectrum._signal_share(rows, values, num_dreams or num_rows)
+    squares = rows.square().sum(1)
+    return spectrum._signal_share(squares, values, width, num_dreams or num_rows)
 
 
 def test_few_dreams_are_shrunk_and_many_are_not() -> None:
@@ -574,8 +578,9 @@ def test_signed_deviations_have_the_covariance_of_all() -> None:
         for signs in itertools.product((0, 1), repeat=3):
             flips = torch.tensor(signs).unsqueeze(1).expand(3, 2)
             with mock.patch("torch.randint", return_value=flips):
-                row = some.signed_deviation(debias)
-            squares.append(torch.einsum("bp,bq->bpq", row, row))
+                row = torch.zeros(2, 4)
+                some.add_deviations(row, torch.tensor([1, 0]), 3.0, debias)
+            squares.append(torch.einsum("bp,bq->bpq", row, row).flip(0) / 9)
         torch.testing.assert_close(torch.stack(squares).mean(0), expected)
         assert (squares[0] - expected).abs().max() > 0.01
 

@@ -93,6 +93,10 @@ class Curvature:
             lerp_reached(self.mass, other.mass),
         )
 
+    def compact(self) -> Curvature:
+        """The same in fewer numbers, see `BlockOperator.compact`."""
+        return replace(self, operator=None if self.operator is None else self.operator.compact())
+
     def unreached(self) -> Curvature:
         """What a run contributes that reaches none of the units."""
         operator = None if self.operator is None else self.operator.zeros()

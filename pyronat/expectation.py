@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,8 +204,8 @@ class LossObserver:
         self._loss = Averaging() if loss is None else loss
         self._guide_matrix = guide_matrix
         self._seed = seed
-        self._model: list[tuple[Factor, list[Tensor]]] = []
-        self._guide: list[tuple[Factor, Tensor]] = []
+        self._model: deque[tuple[Factor, list[Tensor]]] = deque()
+        self._guide: deque[tuple[Factor, Tensor]] = deque()
         self.model_sites: tuple[SiteRecord, ...] = ()
 
     def wake(self, model: Any, guide: Any) -> None:
@@ -250,21 +251,31 @@ class LossObserver:
             return observe(records, plan, params)
 
     def model_curvature(self, with_matrix: bool = True) -> dict[str, Curvature]:
-        """Curvature of the model's blocks, once the loss has been differentiated."""
-        weighted = [
-            (
-                factor,
-                -gradients[0].clamp_max(0)
-                if gradients
-                else factor.record.base_weights() / self._loss.num_particles,
-            )
-            for factor, gradients in self._model
-        ]
-        return total_curvature(weighted, with_matrix)
+        """Curvature of the model's blocks, once the loss has been differentiated; asked for once.
+
+        The factors are let go of one by one, as those of many particles take much memory.
+
+        Args:
+            with_matrix: whether the matrices are wanted.
+
+        Returns:
+            Curvature by block name.
+        """
+
+        def weighted() -> Iterator[tuple[Factor, Tensor]]:
+            while self._model:
+                factor, gradients = self._model.popleft()
+                if gradients:
+                    yield factor, -gradients[0].clamp_max(0)
+                else:
+                    yield factor, factor.record.base_weights() / self._loss.num_particles
+
+        return total_curvature(weighted(), with_matrix)
 
     def guide_curvature(self) -> dict[str, Curvature]:
-        """Curvature of the guide's blocks."""
-        return total_curvature(self._guide, self._guide_matrix)
+        """Curvature of the guide's blocks, asked for once, as that of the model."""
+        taken = (self._guide.popleft() for _ in range(len(self._guide)))
+        return total_curvature(taken, self._guide_matrix)
 
 
 def _gradient_of(tensor: Tensor | None) -> list[Tensor]:

@@ -209,6 +209,10 @@ class BlockOperator(ABC):
     def zeros(self) -> BlockOperator:
         """The operator 0 of the same form."""
 
+    def compact(self) -> BlockOperator:
+        """The same operator in fewer numbers, where it can be had: what an average is kept as."""
+        return self
+
     def state(self) -> dict[str, Any]:
         """Plain tensors, numbers, strings, lists and dicts, with the name of the class."""
         return {"form": type(self).__name__, **vars(self)}

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyronat.optim import NaturalGradient
+from pyronat.proposals import Proposal
 from pyronat.shaping import measured
 from pyronat.sides import Role, Side
 from pyronat.spectrum import Spectrum
@@ -110,6 +111,8 @@ def describe(
     """
     rule, lr = optim.mixing(trial.used), optim.step_length(trial.used)
     step, factor, (ess, dream_ess) = optim.step_count, optim.watch.factor, samples
+    if trial.proposal is not None:
+        trial = replace(trial, proposal=_with_metric(trial.proposal, sides))
 
     def report(undone: int, seconds: float) -> StepInfo:
         scalars = {} if trial.proposal is None else measured(trial.proposal, sides).scalars
@@ -136,6 +139,13 @@ def describe(
         )
 
     return report
+
+
+def _with_metric(proposal: Proposal, sides: Mapping[Role, Side]) -> Proposal:
+    """What a report reads of a step, which is kept until then: changes that have a divergence."""
+    natural = {name for side in sides.values() if side.natural for name in side.plan.owner()}
+    changes = {name: change for name, change in proposal.changes.items() if name in natural}
+    return Proposal(changes, {}, proposal.scalars)
 
 
 def _numbers(scalars: Mapping[str, Tensor]) -> dict[str, float]:

@@ -29,10 +29,12 @@ class SharedUnits(BlockOperator):
     Attributes:
         weights: w, not negative `[rows, units]`.
         inputs: a `[rows, size]`.
+        compressed: whether the inputs are Vᵀ and the weights eᵀ.
     """
 
     weights: Tensor
     inputs: Tensor
+    compressed: bool = False
 
     @cached_property
     def basis(self) -> Tensor:
@@ -41,6 +43,8 @@ class SharedUnits(BlockOperator):
         Raises:
             NotPositiveDefinite: if the sum over units is not finite.
         """
+        if self.compressed:
+            return self.inputs.mT
         total = (self.inputs * self.weights.sum(1, keepdim=True)).mT @ self.inputs
         if not bool(torch.isfinite(total.sum())):
             raise NotPositiveDefinite("a curvature block is not finite")
@@ -50,6 +54,8 @@ class SharedUnits(BlockOperator):
     @cached_property
     def values(self) -> Tensor:
         """Diagonals e `[units, size]`."""
+        if self.compressed:
+            return self.weights.mT
         return self.weights.mT @ (self.inputs @ self.basis).square()
 
     def mv(self, vectors: Tensor) -> Tensor:
@@ -79,9 +85,10 @@ class SharedUnits(BlockOperator):
         """
         least = JITTERS[1] * self.mean_diagonal()
         jitter = (least - damping).clamp_min(0)
-        return SharedSolver(
-            self.basis, self.values + (damping + jitter).unsqueeze(1), float(jitter.max())
-        )
+        values = self.values + (damping + jitter).unsqueeze(1)
+        tiny = torch.finfo(values.dtype).tiny
+        reciprocals = torch.where(values > tiny, 1 / values.clamp_min(tiny), 0.0)
+        return SharedSolver(self.basis, reciprocals, float(jitter.max()))
 
     def __add__(self, other: SharedUnits) -> SharedUnits:
         """The rows of both."""
@@ -91,16 +98,16 @@ class SharedUnits(BlockOperator):
 
     def lerp(self, other: SharedUnits, share: float) -> SharedUnits:
         """The rows of both, weighted; those of this are compressed where they are many."""
-        return self._compressed()._scaled(1 - share) + other._scaled(share)
+        return self.compact()._scaled(1 - share) + other._scaled(share)
 
     def _scaled(self, share: float) -> SharedUnits:
         return replace(self, weights=self.weights * share)
 
-    def _compressed(self) -> SharedUnits:
-        """The same as one row for each column of the basis, with weights e."""
+    def compact(self) -> SharedUnits:
+        """The same as one row for each column of the basis, with weights e, where rows are many."""
         if len(self.inputs) <= MAX_ROWS * self.inputs.shape[1]:
             return self
-        return SharedUnits(self.values.mT, self.basis.mT)
+        return SharedUnits(self.values.mT, self.basis.mT, compressed=True)
 
     def zeros(self) -> SharedUnits:
         """Without rows."""
@@ -108,7 +115,8 @@ class SharedUnits(BlockOperator):
 
     def state(self) -> dict[str, Any]:
         """Plain tensors; what follows from them is computed again."""
-        return {"form": "SharedUnits", "weights": self.weights, "inputs": self.inputs}
+        own = {"weights": self.weights, "inputs": self.inputs, "compressed": self.compressed}
+        return {"form": "SharedUnits", **own}
 
 
 @dataclass(frozen=True)
@@ -117,42 +125,37 @@ class SharedSolver(Solver):
 
     Attributes:
         basis: V `[size, size]`.
-        values: damped eigenvalues `[units, size]`.
+        reciprocals: of the damped eigenvalues `[units, size]`; 0 where nothing is known of a unit.
         jitter: largest diagonal added beyond the damping.
     """
 
     basis: Tensor
-    values: Tensor
+    reciprocals: Tensor
     jitter: float
 
     @property
     def shape(self) -> torch.Size:
         """(units, size)."""
-        return self.values.shape
+        return self.reciprocals.shape
 
     def part(self, units: slice) -> SharedSolver:
         """The solver of some units."""
-        return replace(self, values=self.values[units])
+        return replace(self, reciprocals=self.reciprocals[units])
 
     def solve(self, vectors: Tensor) -> Tensor:
         """V diag(1 / values) Vᵀ x for `[units, size]`; 0 for units of which nothing is known."""
-        inner = self._times(vectors, self.basis).mul_(self._reciprocals)
+        inner = self._times(vectors, self.basis).mul_(self.reciprocals)
         return self._times(inner, self.basis.mT).to(vectors.dtype)
 
     def whiten(self, vectors: Tensor) -> Tensor:
         """diag(values)^−½ Vᵀ x for `[*rows, units, size]`; 0 where nothing is known of a unit."""
-        return self._times(vectors, self.basis).mul_(self._reciprocals.sqrt())
+        return self._times(vectors, self.basis).mul_(self.reciprocals.sqrt())
 
     def unwhiten(self, vectors: Tensor) -> Tensor:
         """V diag(values)^−½ x for `[*rows, units, size]`; 0 where nothing is known of a unit."""
-        return self._times(vectors.to(self.basis) * self._reciprocals.sqrt(), self.basis.mT)
+        return self._times(vectors.to(self.basis) * self.reciprocals.sqrt(), self.basis.mT)
 
     def _times(self, vectors: Tensor, matrix: Tensor) -> Tensor:
         """X M, as one product of matrices however many dimensions there are."""
         flat = vectors.to(self.basis).reshape(-1, len(matrix))
         return (flat @ matrix).reshape(vectors.shape)
-
-    @cached_property
-    def _reciprocals(self) -> Tensor:
-        tiny = torch.finfo(self.values.dtype).tiny
-        return torch.where(self.values > tiny, 1 / self.values.clamp_min(tiny), 0.0)

@@ -130,6 +130,7 @@ class Side:
         }
         known = {name: value for name, value in curvature.items() if name in kept}
         average = {**curvature, **(mix(kept, known, share) if kept else {})}
+        average = {name: value.compact() for name, value in average.items()}
         mixed = {
             name: self.visible[name].mix(new, share) if name in self.visible else new
             for name, new in visible.items()

@@ -125,6 +125,21 @@ def test_many_rows_are_compressed_without_a_change() -> None:
     assert len(few.inputs) == MAX_ROWS * SIZE + 1
 
 
+def test_a_compact_operator_keeps_its_eigenvectors_alone() -> None:
+    many = random_units(MAX_ROWS * SIZE + 1)
+    compact = many.compact()
+    for found in (compact.basis, compact.inputs):
+        assert found.untyped_storage().data_ptr() == many.basis.untyped_storage().data_ptr()
+    for found in (compact.values, compact.weights):
+        assert found.untyped_storage().data_ptr() == many.values.untyped_storage().data_ptr()
+    assert torch.equal(compact.values, many.values) and compact.compact() is compact
+    few = random_units(MAX_ROWS * SIZE)
+    assert few.compact() is few, "rows are worth more than their eigenvectors"
+    grown = compact.lerp(few, 0.5)
+    assert not grown.compressed and len(grown.inputs) == (MAX_ROWS + 1) * SIZE
+    assert torch.equal((compact + few.zeros()).weights, compact.weights)
+
+
 def test_a_long_average_keeps_traces_and_sum() -> None:
     average = random_units(20)
     reference = exact(average)
@@ -140,9 +155,12 @@ def test_a_state_gives_it_back() -> None:
     shared = random_units()
     assert shared.values.isfinite().all()  # what is cached is no part of the state
     state = shared.state()
-    assert set(state) == {"form", "weights", "inputs"}
+    assert set(state) == {"form", "weights", "inputs", "compressed"}
     again = operator_from(state)
     assert torch.equal(again.dense(), shared.dense())
+    compact = random_units(MAX_ROWS * SIZE + 1).compact()
+    again = operator_from(compact.state())
+    assert torch.equal(again.basis, compact.basis) and torch.equal(again.values, compact.values)
 
 
 # --- programs ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from examples.benchmarks import files
-from examples.benchmarks.overhead import BATCH, FULL, QUICK, TURN, Problem, problems, start
+from examples.benchmarks.overhead import FULL, QUICK, TURN, Problem, problems, start
 from examples.comparison import markdown
 
 STEPS = TURN + 2
@@ -111,7 +111,7 @@ def measure(problem: Problem, method: str) -> Result:
         The memory that it takes.
     """
     generator = torch.Generator().manual_seed(0)
-    data = torch.rand(STEPS, BATCH, problem.pixels, generator=generator).round()
+    data = torch.rand(STEPS, problem.batch, problem.pixels, generator=generator).round()
     kept: list[Any] = []
 
     def train() -> None:

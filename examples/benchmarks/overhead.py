@@ -51,7 +51,8 @@ class Problem:
         make: Makes the program, with fresh parameters.
         pixels: Pixels of a datum.
         loss: Makes the loss.
-        visible: Whether the visible geometry can be had.
+        visible: Whether the visible geometry is measured, too.
+        batch: Data of a batch.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Problem:
     pixels: int
     loss: Callable[[], ELBO]
     visible: bool
+    batch: int = BATCH
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def measure(problem: Problem, turns: int) -> list[Result]:
     trainees = {name: start(problem, name) for name in names}
     generator = torch.Generator().manual_seed(0)
     for _ in range(turns):
-        data = torch.rand(TURN, BATCH, problem.pixels, generator=generator).round()
+        data = torch.rand(TURN, problem.batch, problem.pixels, generator=generator).round()
         for trainee in trainees.values():
             trainee.turn(data)
     adam = [statistics.median(steps) for steps in trainees["Adam"].plain[1:]]

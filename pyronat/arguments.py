@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, get_args
 
 import torch
 
-from pyronat.comparison import METHODS, RATES
+from pyronat.comparison import GEOMETRIES, METHODS, RATES
 from pyronat.inspection import DREAMS
 from pyronat.loading import CONVENTIONS
 from pyronat.recipes import LossName
@@ -21,7 +21,7 @@ examples:
   pyronat inspect model.py                        sites, blocks, districts
   pyronat inspect model.py --spectrum             and why EM is slow here
   pyronat inspect model.py --plot net.png --heatmap fisher.png
-  pyronat train model.py --steps 500 --plot curve.png
+  pyronat train model.py --steps 500 --plot curve.png --samples samples.png
   pyronat train model.py --epochs 20 --batch-size 100 --checkpoint run.pt --metrics run.jsonl
   pyronat train model.py --epochs 20 --batch-size 100 --checkpoint run.pt --resume
   pyronat train model.py --compare adam,full,visible --plot comparison.png
@@ -114,7 +114,7 @@ def _add_inspect(commands: Any, command: Command) -> None:
 def _add_train(commands: Any, command: Command) -> None:
     parser = _add(commands, "train", "train a program by natural gradients", command)
     add = parser.add_argument
-    add("--geometry", choices=METHODS[1:], default="full", help="metric of the model (full)")
+    add("--geometry", choices=GEOMETRIES, default="full", help="metric of the model (full)")
     kinds = ("full", "euclidean")
     add("--guide-geometry", choices=kinds, help="metric of the guide; by default what suits it")
     add(
@@ -156,7 +156,7 @@ def _add_train(commands: Any, command: Command) -> None:
         type=rates,
         default=RATES,
         metavar="LIST",
-        help="Adam's; the best one counts",
+        help="Adam's; the best one counts. two-rate has a fifth or five times it for the guide",
     )
     add("--seeds", type=positive, default=1, metavar="N", help="runs of each method (1)")
 
@@ -175,6 +175,7 @@ def _add_files(parser: Any) -> None:
     add("--overwrite", action="store_true", help="begin anew where checkpoint or metrics are there")
     add("--metrics", type=Path, metavar="FILE", help="a line of JSON for each step, or each run")
     add("--plot", type=Path, metavar="OUT", help="draw the course of the training")
+    add("--samples", type=Path, metavar="OUT", help="draw data, and what the program makes of them")
     add("--quiet", "-q", action="store_true", help="no progress")
 
 

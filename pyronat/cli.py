@@ -18,11 +18,19 @@ import torch
 from pyronat.analysis import analyze
 from pyronat.arguments import make_parser
 from pyronat.checkpoints import put, read, stored
-from pyronat.comparison import Comparison, best_rows, json_lines, table
+from pyronat.comparison import (
+    TWO_RATES,
+    Comparison,
+    best_rows,
+    guide_params,
+    json_lines,
+    table,
+)
 from pyronat.drawing import check_pictures
-from pyronat.errors import CheckpointMismatch, PyronatError
+from pyronat.errors import CheckpointMismatch, PyronatError, UnsupportedProgram
 from pyronat.inspection import Missing, missing_information
 from pyronat.loading import Target, importable, target_of
+from pyronat.predictive import predictions
 from pyronat.recipes import Recipe, batch_notes
 from pyronat.training import Batches, Files, Settings, evaluate, start, train
 
@@ -149,7 +157,7 @@ def train_command(options: argparse.Namespace, parser: argparse.ArgumentParser) 
     """
     target = _target(options, parser)
     _check_files(options, parser)
-    _check_pictures(parser, options.plot)
+    _check_pictures(parser, options.plot, options.samples)
     with importable(target.path):
         recipe = start(target, options.seed, options.size, options.loss)
         settings = _settings(options, recipe)
@@ -159,7 +167,7 @@ def train_command(options: argparse.Namespace, parser: argparse.ArgumentParser) 
             if path is not None and not options.resume:
                 path.unlink(missing_ok=True)
         if options.compare:
-            return _compare(options, target, settings)
+            return _compare(options, target, settings, _methods(options.compare, recipe))
         return _train(options, recipe, settings)
 
 
@@ -178,7 +186,7 @@ def _train(options: argparse.Namespace, recipe: Recipe, settings: Settings) -> i
     if found.infos:
         seconds = sum(info.seconds for info in found.infos)
         print(f"seconds: {seconds:.2f}, {1000 * seconds / len(found.infos):.1f} ms per step")
-    for name in ("checkpoint", "metrics", "plot"):
+    for name in ("checkpoint", "metrics", "plot", "samples"):
         if getattr(options, name) is not None:
             print(f"{name}: {getattr(options, name)}")
     if options.plot is not None:
@@ -186,16 +194,48 @@ def _train(options: argparse.Namespace, recipe: Recipe, settings: Settings) -> i
 
         batch = min(settings.batch_size or data, data)
         plot.training(found.infos, options.plot, data=batch, title=recipe.program.name)
+    if options.samples is not None:
+        from pyronat import plot
+
+        panels = {one.name: one.panels for one in predictions(recipe, options.seed)}
+        plot.samples(panels, options.samples, title=recipe.program.name)
     if found.interrupted and files.checkpoint is not None:
         print("interrupted; --resume goes on from the checkpoint", file=sys.stderr)
     return INTERRUPTED if found.interrupted else 0
 
 
-def _compare(options: argparse.Namespace, target: Target, settings: Settings) -> int:
+def _methods(asked: tuple[str, ...], recipe: Recipe) -> tuple[str, ...]:
+    """The methods that were asked for, without those that a program has no use for.
+
+    Args:
+        asked: the methods.
+        recipe: the program.
+
+    Returns:
+        Those that it can be trained by.
+
+    Raises:
+        UnsupportedProgram: if there are none.
+    """
+    if TWO_RATES not in asked or guide_params(recipe):
+        return asked
+    left = tuple(method for method in asked if method != TWO_RATES)
+    why = "the guide has no parameters of its own, to have a rate of their own"
+    if not left:
+        raise UnsupportedProgram(
+            f"{recipe.program.name}: {why}; leave {TWO_RATES} out of --compare"
+        )
+    _say([f"{TWO_RATES} is left out: {why}"])
+    return left
+
+
+def _compare(
+    options: argparse.Namespace, target: Target, settings: Settings, methods: tuple[str, ...]
+) -> int:
     def begin(seed: int) -> Recipe:
         return start(target, seed, options.size, options.loss)
 
-    comparison = Comparison(options.compare, settings, options.rates, options.seeds)
+    comparison = Comparison(methods, settings, options.rates, options.seeds)
     runs = comparison.run(begin, options.quiet)
     rows = best_rows(runs)
     print("\n".join(table(rows, options.rates)))
@@ -232,11 +272,12 @@ def _check_folders(parser: argparse.ArgumentParser, *paths: Path | None) -> None
 
 def _check_files(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuses options that exclude each other, and files that would be lost."""
-    if options.compare and (options.checkpoint or options.resume):
-        parser.error("--compare trains several times and keeps no checkpoint")
+    if options.compare and (options.checkpoint or options.resume or options.samples):
+        parser.error("--compare trains several times, and keeps neither checkpoint nor samples")
     if options.resume and options.checkpoint is None:
         parser.error("--resume goes on from the file of --checkpoint, which is missing")
-    _check_folders(parser, options.checkpoint, options.metrics, options.plot)
+    paths = (options.checkpoint, options.metrics, options.plot, options.samples)
+    _check_folders(parser, *paths)
     if options.resume and not options.checkpoint.exists():
         print(f"there is no {options.checkpoint} yet: from the beginning", file=sys.stderr)
         return

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import SVI
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
@@ -20,10 +21,14 @@ from pyronat.progress import Progress, progress
 from pyronat.recipes import Recipe
 from pyronat.training import Batches, Settings, evaluate, natural
 
-ADAM = "adam"
-METHODS = (ADAM, "full", "visible", "euclidean")
+ADAM, TWO_RATES = STOCK = ("adam", "two-rate")
+GEOMETRIES = ("full", "visible", "euclidean")
+METHODS = (*STOCK, *GEOMETRIES)
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Adam's rates, unless a user gives others."""
+
+GUIDE_FACTORS = (0.2, 5.0)
+"""The guide's rates where Adam has two, as multiples of the model's."""
 
 MARKS = 30
 """Evaluations of a run, evenly spaced; there are some more among the first steps."""
@@ -49,6 +54,7 @@ class Run:
         seconds: wall-clock time of the steps until then, evaluations left out.
         losses: nats per datum.
         error: what ended the run early, or None.
+        guide_rate: that of the guide's parameters, or None for the same.
     """
 
     method: str
@@ -58,6 +64,7 @@ class Run:
     seconds: tuple[float, ...] = ()
     losses: tuple[float, ...] = ()
     error: str | None = None
+    guide_rate: float | None = None
 
     @property
     def final(self) -> float:
@@ -128,9 +135,12 @@ class Comparison:
         """All runs, before they have begun."""
         first = self.settings.seed
         return [
-            Run(method, rate, seed)
+            Run(method, rate, seed, guide_rate=of_guide)
             for method in self.methods
-            for rate in (self.rates if method == ADAM else (self.settings.lr,))
+            for rate in (self.rates if method in STOCK else (self.settings.lr,))
+            for of_guide in (
+                [factor * rate for factor in GUIDE_FACTORS] if method == TWO_RATES else [None]
+            )
             for seed in range(first, first + self.seeds)
         ]
 
@@ -171,7 +181,7 @@ def _run(run: Run, recipe: Recipe, settings: Settings, shown: Progress, before: 
     """
     batches = Batches(recipe.program, settings.batch_size, settings.seed)
     due = marks(settings.steps)
-    words = {"method": run.method, "rate": f"{run.rate:g}"}
+    words = {"method": run.method, "rate": _rates(run.rate, run.guide_rate)}
     done, seconds = 0, 0.0
     try:
         run = run.record(0, 0.0, evaluate(recipe, settings))
@@ -195,7 +205,7 @@ def _stepper(run: Run, recipe: Recipe, settings: Settings) -> Callable[[Loaded],
     """A function that takes a step of a method on a batch, and returns the loss before it."""
     program = recipe.program
     after_step = program.after_step or (lambda: None)
-    if run.method != ADAM:
+    if run.method not in STOCK:
         svi = natural(recipe, settings, run.method)
 
         def step(batch: Loaded) -> float:
@@ -204,9 +214,10 @@ def _stepper(run: Run, recipe: Recipe, settings: Settings) -> Callable[[Loaded],
             return loss
 
         return step
+    own = frozenset[str]() if run.guide_rate is None else guide_params(recipe)
     optim = pyro.optim.LambdaLR({
         "optimizer": torch.optim.Adam,
-        "optim_args": {"lr": run.rate},
+        "optim_args": lambda name: {"lr": run.guide_rate if name in own else run.rate},
         "lr_lambda": settings.schedule(1.0),
     })
     stock = SVI(program.model, recipe.guide, optim, recipe.loss(settings.particles))
@@ -220,6 +231,21 @@ def _stepper(run: Run, recipe: Recipe, settings: Settings) -> Callable[[Loaded],
     return stock_step
 
 
+def guide_params(recipe: Recipe) -> frozenset[str]:
+    """Names of parameters that the guide alone has; random numbers are left alone."""
+    program = recipe.program
+    with torch.no_grad(), torch.random.fork_rng():
+        guide, model = (
+            set(poutine.trace(p, param_only=True).get_trace(*program.args, **program.kwargs))
+            for p in (recipe.guide, program.model)
+        )
+    return frozenset(guide - model)
+
+
+def _rates(rate: float, of_guide: float | None) -> str:
+    return f"{rate:g}" if of_guide is None else f"{rate:g}, guide {of_guide:g}"
+
+
 @dataclass(frozen=True)
 class Row:
     """A method at its best rate.
@@ -228,11 +254,18 @@ class Row:
         method: its name.
         rate: the rate with the lowest mean final loss.
         runs: one for each seed.
+        guide_rate: that of the guide's parameters, or None for the same.
     """
 
     method: str
     rate: float
     runs: tuple[Run, ...]
+    guide_rate: float | None = None
+
+    @property
+    def rates(self) -> str:
+        """Both rates in words."""
+        return _rates(self.rate, self.guide_rate)
 
     @property
     def final(self) -> float:
@@ -259,10 +292,13 @@ def best_rows(runs: Sequence[Run]) -> list[Row]:
     Returns:
         Methods in the order of their runs.
     """
-    groups: dict[tuple[str, float], list[Run]] = {}
+    groups: dict[tuple[str, float, float | None], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.method, run.rate), []).append(run)
-    rows = [Row(method, rate, tuple(group)) for (method, rate), group in groups.items()]
+        groups.setdefault((run.method, run.rate, run.guide_rate), []).append(run)
+    rows = [
+        Row(method, rate, tuple(group), of_guide)
+        for (method, rate, of_guide), group in groups.items()
+    ]
     methods = dict.fromkeys(row.method for row in rows)
     return [
         min((r for r in rows if r.method == method), key=lambda r: (r.final, r.rate))
@@ -286,8 +322,8 @@ def table(rows: Sequence[Row], rates: Sequence[float]) -> list[str]:
         header.append("reaches Adam's final loss after")
     lines = [header, ["---"] * len(header)]
     for row in rows:
-        swept = len(rates) > 1 and row.method == ADAM
-        rate = f"{row.rate:g}" + (f" (best of {len(rates)})" if swept else "")
+        tried = {ADAM: len(rates), TWO_RATES: len(rates) * len(GUIDE_FACTORS)}.get(row.method, 1)
+        rate = row.rates + (f" (best of {tried})" if tried > 1 else "")
         if row.error is not None:
             lines.append([row.method, rate, row.error, *[""] * (len(header) - 3)])
             continue

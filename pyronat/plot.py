@@ -1,22 +1,28 @@
-"""Pictures of numbers: the Fisher information, the course of a training, a comparison."""
+"""Pictures of numbers: the Fisher information, the course of a training, methods, samples."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from pyronat.comparison import Row
-from pyronat.drawing import BLUE, COLORS, GRAY, GREEN, ORANGE, PURPLE, figure
+from pyronat.drawing import BLUE, COLORS, GRAY, GREEN, ORANGE, PURPLE, VERMILION, figure
 from pyronat.errors import BlockTooLarge, UnsupportedProgram
 from pyronat.reports import StepInfo
 from pyronat.study import Fisher, VisibleFisher
 
-METHOD_COLORS = {"adam": ORANGE, "full": BLUE, "visible": GREEN, "euclidean": PURPLE}
+METHOD_COLORS = {
+    "adam": ORANGE,
+    "two-rate": VERMILION,
+    "full": BLUE,
+    "visible": GREEN,
+    "euclidean": PURPLE,
+}
 
 MAX_ENTRIES = 4000
 """Parameter entries of the largest Fisher information that is drawn."""
@@ -43,6 +49,21 @@ _WIDE = 10
 
 _BARS = 40
 """Bars that are told apart by lines."""
+
+_SMALLEST_SIDE = 4
+"""Pixels along the side of the smallest vector that is drawn as a square image."""
+
+_ACROSS, _SHEET = 20, 60
+"""Images in a line, and the most that are drawn of one kind."""
+
+_FRAME = 0.12
+"""Gray of the frame of an image, between white and black."""
+
+_ROWS = 400
+"""Data that are drawn of one kind, in heat maps and scatter plots."""
+
+_CATEGORIES = 20
+"""Different whole numbers up to which there is a bar for each."""
 
 
 def fisher_blocks(fisher: Fisher | VisibleFisher, path: str | os.PathLike[str]) -> None:
@@ -227,7 +248,7 @@ def comparison(rows: Sequence[Row], path: str | os.PathLike[str], title: str = "
         left, right = drawn.subplots(1, 2, sharey=True)
         for row in rows:
             color = METHOD_COLORS.get(row.method, GRAY)
-            label = f"{row.method}, rate {row.rate:g}" + (" (failed)" if row.error else "")
+            label = f"{row.method}, rate {row.rates}" + (" (failed)" if row.error else "")
             for run in row.runs:
                 excess = [max(loss - lowest, floor) for loss in run.losses]
                 options = {"color": color, "label": label, "marker": ".", "markersize": 4}
@@ -241,3 +262,141 @@ def comparison(rows: Sequence[Row], path: str | os.PathLike[str], title: str = "
         right.set_xlabel("seconds of the steps")
         left.legend()
         drawn.suptitle(title)
+
+
+def samples(
+    sites: Mapping[str, Mapping[str, Tensor]], path: str | os.PathLike[str], title: str = ""
+) -> None:
+    """Draws values of sites, such as data and what a program makes of them, beside each other.
+
+    What has the pixels of a square, as a vector of 64, or two axes is drawn as images; one number
+    for each datum as histograms; two as points; anything else as heat maps, with a row for each
+    datum, sorted along the direction in which the first kind varies most. NaN stays white.
+
+    Args:
+        sites: for each site, values `[data, *event]` by what they are.
+        path: the picture file; its ending says in which format.
+        title: above it.
+
+    Raises:
+        UnsupportedProgram: if there is nothing to draw.
+    """
+    shown = {
+        name: {kind: values.detach().cpu().double() for kind, values in kinds.items()}
+        for name, kinds in sites.items()
+        if all(values.numel() for values in kinds.values())
+    }
+    if not shown:
+        raise UnsupportedProgram("there are no observed sites whose values could be drawn")
+    heights = [_height(kinds) for kinds in shown.values()]
+    with figure(path, (8.4, sum(heights) + 0.5)) as drawn:
+        parts = drawn.subfigures(len(shown), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for part, (name, kinds) in zip(parts, shown.items(), strict=True):
+            first = next(iter(kinds.values()))
+            if _side(first):
+                _images(part, name, kinds)
+            elif first.dim() == 1:
+                _histograms(part.subplots(), name, kinds)
+            elif math.prod(first.shape[1:]) == 2 and not _whole(first):
+                _points(part, name, kinds)
+            else:
+                _rows(part, name, kinds)
+        drawn.suptitle(title)
+
+
+def _side(values: Tensor) -> tuple[int, int] | None:
+    """Height and width of an image of each datum, or None if they are no images."""
+    event = values.shape[1:]
+    if len(event) == 2 and min(event) >= _SMALLEST_SIDE:
+        return event[0], event[1]
+    side = math.isqrt(math.prod(event))
+    square = len(event) == 1 and side**2 == event[0] and side >= _SMALLEST_SIDE
+    return (side, side) if square else None
+
+
+def _whole(values: Tensor) -> bool:
+    """Whether values are a few whole numbers."""
+    return bool((values == values.round()).all()) and len(values.unique()) <= _CATEGORIES
+
+
+def _height(kinds: Mapping[str, Tensor]) -> float:
+    """Inches of the picture of a site."""
+    first = next(iter(kinds.values()))
+    if (side := _side(first)) is None:
+        return 3.2
+    lines = sum(math.ceil(min(len(v), _SHEET) / _ACROSS) for v in kinds.values())
+    return 0.3 * len(kinds) + 8.0 / _ACROSS * side[0] / side[1] * lines
+
+
+def _images(part: Any, name: str, kinds: Mapping[str, Tensor]) -> None:
+    """Draws sheets of images, one below the other, with one scale of gray."""
+    first = next(iter(kinds.values()))
+    height, width = _side(first) or (1, 1)
+    low, high = first[first.isfinite()].min().item(), first[first.isfinite()].max().item()
+    lines = [math.ceil(min(len(values), _SHEET) / _ACROSS) for values in kinds.values()]
+    grid = part.subplots(len(kinds), 1, squeeze=False, height_ratios=lines)[:, 0]
+    for axes, (kind, values), count in zip(grid, kinds.items(), lines, strict=True):
+        tiles = values[:_SHEET].reshape(-1, height, width)
+        for value in (low + _FRAME * (high - low), torch.nan):
+            tiles = torch.nn.functional.pad(tiles, (1, 1, 1, 1), value=value)
+        blank = tiles.new_full((count * _ACROSS - len(tiles), *tiles.shape[1:]), torch.nan)
+        sheet = torch.cat([tiles, blank]).unflatten(0, (count, _ACROSS)).transpose(1, 2)
+        shown = sheet.flatten(2, 3).flatten(0, 1).numpy()
+        axes.imshow(shown, cmap="gray_r", vmin=low, vmax=high, interpolation="nearest")
+        axes.set_title(f"{name}: {kind}", loc="left")
+        axes.set_axis_off()
+
+
+def _histograms(axes: Any, name: str, kinds: Mapping[str, Tensor]) -> None:
+    """Draws how often values occur, as shares or densities."""
+    finite = {kind: values[values.isfinite()] for kind, values in kinds.items()}
+    every = torch.cat(list(finite.values()))
+    whole = _whole(every)
+    if whole:
+        width = 0.8 / len(kinds)
+        for number, (kind, values) in enumerate(finite.items()):
+            places, counts = values.unique(return_counts=True)
+            shift = width * (number - (len(kinds) - 1) / 2)
+            heights = (counts / len(values)).tolist()
+            options = {"width": width, "color": COLORS[number], "label": kind}
+            axes.bar((places + shift).tolist(), heights, **options)
+        axes.set_xticks(every.unique().tolist())
+    else:
+        low, high = every.quantile(0.005).item(), every.quantile(0.995).item()
+        for number, (kind, values) in enumerate(finite.items()):
+            bins = min(_BARS, max(6, round(2 * math.sqrt(len(values)))))
+            options = {"bins": bins, "range": (low, high), "density": True, "label": kind}
+            axes.hist(values.tolist(), histtype="step", color=COLORS[number], **options)
+    axes.set_xlabel(name)
+    axes.set_ylabel("share" if whole else "density")
+    axes.legend()
+
+
+def _points(part: Any, name: str, kinds: Mapping[str, Tensor]) -> None:
+    """Draws pairs of numbers as points, on the same axes."""
+    grid = part.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
+    for number, (axes, (kind, values)) in enumerate(zip(grid, kinds.items(), strict=True)):
+        xs, ys = values[:_ROWS].reshape(-1, 2).T.tolist()
+        axes.scatter(xs, ys, s=6, color=COLORS[number], alpha=0.6, linewidths=0)
+        axes.set_title(f"{name}: {kind}")
+
+
+def _rows(part: Any, name: str, kinds: Mapping[str, Tensor]) -> None:
+    """Draws a row for each datum, sorted, with one scale of color."""
+    first = next(iter(kinds.values()))
+    first = first.reshape(len(first), -1)
+    known = first.nan_to_num()
+    main = torch.linalg.svd(known - known.mean(0), full_matrices=False).Vh[0]
+    finite = first[first.isfinite()]
+    low, high = finite.quantile(0.01).item(), finite.quantile(0.99).item()
+    grid = part.subplots(1, len(kinds), sharex=True, squeeze=False)[0]
+    for axes, (kind, values) in zip(grid, kinds.items(), strict=True):
+        rows = values.reshape(len(values), -1)[:_ROWS]
+        order = (rows.nan_to_num() @ main).argsort()
+        options = {"aspect": "auto", "cmap": "Blues", "vmin": low, "vmax": high}
+        image = axes.imshow(rows[order].numpy(), interpolation="nearest", **options)
+        axes.set_title(f"{_short(name, 30)}: {kind}")
+        axes.set_yticks([])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(visible=False)
+    part.colorbar(image, ax=list(grid), shrink=0.8)

@@ -163,7 +163,7 @@ def _chosen(loss: LossName, hidden: Hidden) -> LossName:
 
 def _automatic(program: Loaded) -> tuple[Callable[..., Any], str]:
     """A guide for a program that has none, and what it is in words."""
-    _, every = _sites(program, _empty)
+    _, every = sites_of(program, _empty)
     sites = [site for site in every if not site["is_observed"]]
     drawn = [site["name"] for site in sites if not site["fn"].support.is_discrete]
     if not drawn:
@@ -178,10 +178,10 @@ def _empty(*args: Any, **kwargs: Any) -> None:
     """The guide of a program whose hidden variables are summed out."""
 
 
-def _sites(
+def sites_of(
     program: Loaded, guide: Callable[..., Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Sites of the guide, and random sites of the model on its values."""
+    """Sites of the guide, and random sites of the model on its values, as Pyro has them."""
     with torch.no_grad(), poutine.block():
         trace = poutine.trace(guide).get_trace(*program.args, **program.kwargs)
         model = poutine.replay(program.model, trace=trace)
@@ -200,7 +200,7 @@ def _hidden(program: Loaded, guide: Callable[..., Any]) -> Hidden:
     Returns:
         The hidden sites.
     """
-    of_guide, sites = _sites(program, guide)
+    of_guide, sites = sites_of(program, guide)
     latent = [site for site in sites if not site["is_observed"]]
     drawn = [site for site in of_guide if is_random(site)]
     left = [site for site in latent if site["name"] not in _names(of_guide)]

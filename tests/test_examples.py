@@ -3,8 +3,10 @@
 import importlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +15,11 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from examples import mnist, streaming, zoo
+from examples import lightning_loop, mnist, streaming, zoo
 from examples.comparison import Averaged
+from models import bayes_net
 from models.registry import programs
 from pyronat.tracing import stored_leaves
 
@@ -23,9 +27,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 OUTPUTS = {
     "bnlearn_hidden": {"curves.png", "results.json", "table.md"},
     "digits": {"curves.png", "digits.png", "metrics.jsonl"},
+    "lightning_loop": {"last.ckpt"},
     "missing_information": {"paths.png", "results.json", "table.md"},
     "mnist": {"curves.png", "runs.jsonl", "table.md"},
+    "own_model": {"course.png", "network.png"} | ({"model.gv"} if find_spec("graphviz") else set()),
+    "round_trip": {"given.bif", "learned.bif"},
     "streaming": {"excess.png", "results.json", "runs.jsonl", "table.md"},
+    "vae": {"course.png", "digits.png", "log.jsonl"},
     "variational": {"curves.png", "results.json", "table.md"},
     "zoo": {"curves.png", "results.json", "table.md"},
 }
@@ -64,8 +72,14 @@ def test_example_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         check_digits(output, printed)
     if name == "mnist":
         check_mnist(output, printed)
+    if name == "own_model":
+        check_own_model(output, printed)
+    if name == "round_trip":
+        check_round_trip(output, printed)
     if name == "streaming":
         check_streaming(output, printed)
+    if name == "vae":
+        check_vae(output, printed)
     if name == "variational":
         check_variational(output, printed)
     if name == "zoo":
@@ -84,6 +98,72 @@ def check_digits(output: Path, printed: str) -> None:
     finals = {m["method"]: m["nll"] for m in lines if (m["split"], m["epoch"]) == ("test", 2)}
     assert len(finals) == 4
     assert all(15 < nll < 25 for nll in finals.values())
+
+
+def check_own_model(output: Path, printed: str) -> None:
+    """The model knows more than most raters do, whom to believe, and that it is a good model."""
+    right = re.findall(r"conditions that (.*) get right: (.*)%", printed)
+    assert [name for name, _ in right] == ["most raters", "the model"]
+    assert float(right[1][1]) > float(right[0][1]) + 5
+    found = re.search(r"^right of each condition, by rater: (.*)$", printed, re.MULTILINE)
+    assert found is not None
+    skills = [min(rater) for rater in json.loads(found[1])]
+    assert all(skill > 0.5 for skill in skills[:4]) and all(skill < 0.4 for skill in skills[4:])
+    found = re.search(r"agree: (\S+), by the model (\S+) to (\S+)", printed)
+    assert found is not None
+    actual, low, high = map(float, found.groups())
+    assert low < actual < high
+    found = re.search(r"shrink by (\S+) an iteration", printed)
+    assert found is not None and 0.9 < float(found[1]) < 1
+
+
+def check_round_trip(output: Path, printed: str) -> None:
+    """The edges are there, the tables learned, and pgmpy has them."""
+    assert "4 edges, the same in pgmpy" in printed and "Pollution → Cancer" in printed
+    losses = [float(found) for found in re.findall(r"([\d.]+) (?:nats a case|now)", printed)]
+    truth = re.search(r"made the cases: ([\d.]+)", printed)
+    assert truth is not None and losses[0] - 0.5 > losses[1] > float(truth[1]) - 0.02
+    given, learned = (bayes_net.load(output / f"{name}.bif") for name in ("given", "learned"))
+    assert given.parents == learned.parents and given.states == learned.states
+    trained = bayes_net.learned(learned)
+    for node in learned.nodes:
+        assert torch.allclose(trained.tables[node], learned.tables[node], atol=1e-4), node
+    assert not torch.allclose(learned.tables["Xray"], given.tables["Xray"], atol=0.01)
+
+
+def check_vae(output: Path, printed: str) -> None:
+    """Held-out digits get likelier, and every step is in the log."""
+    losses = [float(found) for found in re.findall(r"epoch \d: ([\d.]+) nats", printed)]
+    assert len(losses) == 3 and losses[2] < losses[0] < 30
+    assert "kronecker" in printed
+    assert len((output / "log.jsonl").read_text().splitlines()) == 3 * 14
+
+
+@pytest.fixture(autouse=True)
+def _without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same loop, whether Lightning is installed or not."""
+    monkeypatch.setattr(lightning_loop, "Trainer", None)
+
+
+def test_a_loop_as_lightning_has_it_resumes_to_the_last_bit(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+
+    def begin() -> tuple[lightning_loop.Digits, lightning_loop.Batches]:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        digits = lightning_loop.make_data(seed=0, size=120)
+        return lightning_loop.Digits(6), DataLoader(digits, batch_size=40, shuffle=True)
+
+    whole, batches = begin()
+    lightning_loop.fit(whole, batches, 2, tmp_path)
+    part, batches = begin()
+    lightning_loop.fit(part, batches, 1, tmp_path)
+    rest, batches = begin()
+    pyro.set_rng_seed(1)
+    rest.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
+    lightning_loop.fit(rest, batches, 1, tmp_path)
+    assert part.losses + rest.losses == whole.losses and len(whole.losses) == 6
+    assert not rest.automatic_optimization and rest.configure_optimizers() is None
 
 
 def write_bits(path: Path, **changes: Any) -> Path:

@@ -22,15 +22,17 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 import pyronat
-from pyronat import drawing, plot
+from pyronat import comparison, drawing, plot
 from pyronat.cli import main
 from pyronat.comparison import Comparison, Run, best_rows, marks, table
 from pyronat.errors import BlockTooLarge, MissingPackage, UnknownName, UnsupportedProgram
 from pyronat.graph import BayesNet, Edge, Site
 from pyronat.loading import importable, target_of
+from pyronat.predictive import Prediction, predictions
+from pyronat.progress import Lines
 from pyronat.recipes import Recipe
 from pyronat.reports import StepInfo
-from pyronat.training import Settings, start
+from pyronat.training import Files, Settings, start, train
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "command_line"
@@ -288,6 +290,130 @@ def test_a_training_with_gaps(tmp_path):
     assert sizes[0] < sizes[1]
 
 
+# --- samples -----------------------------------------------------------------------------------
+
+
+def picture(path: Path, **sites: dict[str, torch.Tensor]) -> np.ndarray:
+    plot.samples(sites, path)
+    return pixels(path)
+
+
+def test_kinds_of_samples(tmp_path):
+    """Images for squares, points for pairs, histograms for numbers, heat maps for the rest."""
+    path = tmp_path / "samples.png"
+    noise = torch.randn(80, 64)
+    image = picture(path, x={"data": noise, "drawn": noise.flip(0)})
+    gray = (image.max(-1) - image.min(-1)) <= 2
+    assert gray.all() and colors(image) > 200
+    pair = drawing.COLORS[:2]
+    through = [0.4 + 0.6 * np.array(to_rgb(color)) for color in pair]  # points can be seen through
+    for kind, values, used in (
+        ("points", torch.randn(80, 2), through),
+        ("histogram", torch.randn(80), pair),
+        ("bars", torch.arange(80) % 3, pair),
+    ):
+        image = picture(path, x={"data": values, "drawn": values})
+        assert min(count(image, color) for color in used) > 100, kind
+    bits = torch.randint(2, (80, 2))
+    for values in (torch.randn(80, 7), bits):
+        image = picture(path, x={"data": values, "drawn": values})
+        assert not any(count(image, color) > 20 for color in drawing.COLORS[:2])
+        assert not ((image.max(-1) - image.min(-1)) <= 2).all()
+
+
+def test_rows_are_sorted_and_masked_values_are_white(tmp_path):
+    values = torch.tensor([[1.0], [0.0]]).repeat(20, 6)
+    values[:, 5] = torch.nan
+    image = picture(tmp_path / "samples.png", x={"data": values, "drawn": values})
+    dark, light = (
+        (np.abs(image - np.array(c)).max(-1) <= 3) for c in ((8, 48, 107), (247, 251, 255))
+    )
+    rows = dark.nonzero()[0], light.nonzero()[0]
+    # Each kind of rows is one piece, apart from the bar of colors.
+    assert dark.sum() > 20000 and light.sum() > 20000
+    left = image.shape[1] // 3
+    tops, bottoms = (np.nonzero(part[:, :left].any(1))[0] for part in (dark, light))
+    assert tops.max() < bottoms.min() or bottoms.max() < tops.min()
+    assert len(rows[0]) == len(rows[1]) or abs(dark.sum() - light.sum()) < 0.1 * dark.sum()
+
+
+def test_no_samples_without_values(tmp_path):
+    with pytest.raises(UnsupportedProgram, match="no observed sites"):
+        plot.samples({"x": {"data": torch.zeros(0, 3)}}, tmp_path / "samples.png")
+    assert not (tmp_path / "samples.png").exists()
+
+
+def test_samples_of_a_training(tmp_path, capsys):
+    """After training they are more like the data than at the start."""
+    path = tmp_path / "samples.png"
+    argv = ["train", DIGITS, "--steps", "3", "--quiet", "--samples", str(path)]
+    assert main(argv) == 0
+    assert f"samples: {path}" in capsys.readouterr().out
+    image = pixels(path)
+    assert image.shape[0] > 300 and image.shape[1] > 1000
+    assert count(image, "black") > 5000 and count(image, "white") > 5000
+    assert main([*argv, "--compare", "full"]) == 2
+
+
+def predicted(program: str, steps: int = 0) -> tuple[Prediction, ...]:
+    target = target_of(program)
+    with importable(target.path):
+        recipe = start(target, 0)
+        if steps:
+            train(recipe, Settings(steps=steps), Files(), quiet=True)
+        state = torch.random.get_rng_state()
+        found = predictions(recipe)
+        assert torch.equal(state, torch.random.get_rng_state())
+        again = predictions(recipe)
+        assert str([one.drawn for one in found]) == str([one.drawn for one in again])
+    return found
+
+
+def test_predictions_are_of_the_trained_program():
+    distances = []
+    for steps in (0, 40):
+        (one,) = predicted(DIGITS, steps)
+        assert one.name == "x" and one.data.shape == one.drawn.shape == (200, 16)
+        distances.append(float((one.data.mean(0) - one.drawn.mean(0)).abs().mean()))
+    assert distances[1] < 0.05 < 0.15 < distances[0]
+
+
+def test_global_variables_are_drawn_by_the_guide():
+    """By the prior of the weights, the data would be much wider."""
+    (one,) = predicted(str(HERE / "regression.py"), 150)
+    assert one.data.dim() == 1
+    assert float((one.drawn - one.data).std()) < 0.7 * float(one.data.std())
+
+
+def test_sites_of_a_chain_are_joined():
+    (one,) = predicted(str(HERE / "chain.py"))
+    assert one.name == "x0, x1, x2, x3" and one.data.shape == one.drawn.shape == (
+        one.data.shape[0],
+        4,
+        1,
+    )
+    (one,) = predicted(str(HERE / "sprinkler.py"))
+    assert one.name == "sprinkler, grass"
+
+
+def test_masked_data_are_nan(tmp_path):
+    text = """
+import pyro, torch, pyro.distributions as dist
+def model(x):
+    with pyro.plate("data", 30), pyro.poutine.mask(mask=x[:, 0] > 0):
+        pyro.sample("x", dist.Normal(pyro.param("a", torch.zeros(3)), 1.0).to_event(1), obs=x)
+
+def make_data(seed):
+    return torch.randn(30, 3)
+"""
+    path = tmp_path / "masked.py"
+    path.write_text(text)
+    (one,) = predicted(str(path))
+    seen = one.data[:, 0].isfinite()
+    assert 5 < int(seen.sum()) < 25 and bool((one.data[seen, 0] > 0).all())
+    assert torch.equal(one.drawn.isfinite(), one.data.isfinite())
+
+
 # --- comparisons -------------------------------------------------------------------------------
 
 METHODS = {"adam": drawing.ORANGE, "full": drawing.BLUE, "visible": drawing.GREEN}
@@ -368,6 +494,50 @@ def test_runs_are_the_same_for_the_same_seed(capsys):
 
     first = finals()
     assert first == finals() and len(set(first)) == 4
+
+
+def test_adam_with_two_rates(capsys, tmp_path, monkeypatch):
+    """The guide's parameters move at a rate of their own, in every pair of the sweep."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", DIGITS, "--steps", "4", "--quiet", "--size", "50", "--metrics", "runs.jsonl"]
+    assert main([*argv, "--rates", "0.01,0.1", "--compare", "adam,two-rate"]) == 0
+    out = capsys.readouterr().out
+    (row,) = [line for line in out.splitlines() if line.startswith("| two-rate")]
+    runs = [json.loads(line) for line in Path("runs.jsonl").read_text().splitlines()]
+    pairs = [(r["rate"], r["guide_rate"]) for r in runs if r["method"] == "two-rate"]
+    assert pairs == [(0.01, 0.002), (0.01, 0.05), (0.1, pytest.approx(0.02)), (0.1, 0.5)]
+    best = min((r for r in runs if r["guide_rate"]), key=lambda r: r["losses"][-1])
+    assert f"{best['rate']:g}, guide {best['guide_rate']:g} (best of 4)" in row
+    assert len({r["losses"][-1] for r in runs}) == len(runs) == 6
+
+
+def test_the_second_rate_is_that_of_the_guide():
+    target = target_of(DIGITS)
+    moved = {}
+    with importable(target.path):
+        for of_guide in (None, 0.0):
+            recipe = start(target, 0)
+            settings = Settings(steps=1)
+            assert comparison.guide_params(recipe) == {"R", "c"}
+            before = {n: p.clone() for n, p in pyro.get_param_store().items()}
+            run = comparison._run(
+                Run("two-rate", 0.1, 0, guide_rate=of_guide), recipe, settings, Lines(1, 0), 0
+            )
+            assert run.error is None
+            store = pyro.get_param_store()
+            moved[of_guide] = {n for n, p in before.items() if not torch.equal(p, store[n])}
+    assert moved[0.0] == {"W", "b", "top"}
+    assert moved[None] == {"W", "b", "top", "R", "c"}
+
+
+def test_no_second_rate_without_parameters_of_a_guide(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", COUNTS, "--steps", "2", "--quiet", "--rates", "0.1", "--compare"]
+    assert main([*argv, "two-rate,full"]) == 0
+    out, err = capsys.readouterr()
+    assert "two-rate is left out" in err and "two-rate" not in out
+    assert main([*argv, "two-rate"]) == 1
+    assert "UnsupportedProgram" in capsys.readouterr().err
 
 
 def test_methods_that_fail_are_named(tmp_path, capsys, monkeypatch):

@@ -139,6 +139,20 @@ def test_the_mathematics_is_in_the_code():
     assert [path for found in tests for path in found if not (root / path).is_file()] == []
 
 
+def test_every_example_is_spoken_of():
+    section = README.partition("### Examples")[2].partition("\n### ")[0]
+    folder = Path(__file__).parents[1] / "examples"
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__", "comparison"}
+    assert names | {"tutorial.ipynb"} == set(
+        re.findall(
+            r"`(\w+(?:\.ipynb)?)`(?=[,| ]*)",
+            "".join(
+                line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")
+            ),
+        )
+    ) - {"python"}
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What stands between a site and its parents, and the blocks that it makes.

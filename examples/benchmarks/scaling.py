@@ -9,9 +9,9 @@ thread. Along each axis one number grows, by two decades or as far as is sensibl
 * depth, the number of hidden layers of 50 units.
 
 Costs are those of `examples.benchmarks.overhead`, in processor time: of a plain step, of a step
-that measures curvature, and of their mean at the period of measurement. An exponent is the slope of
-a line through the logarithms of size and cost: over all sizes, and over the last decade alone, where
-what every step costs weighs less.
+that measures curvature, and of their mean at the period of measurement. An exponent is the slope
+of a line through the logarithms of size and cost: over all sizes, and over the last decade alone,
+where what every step costs weighs less.
 
 Run it as `python -m examples.benchmarks.scaling`, or with `--quick` for small sizes. It prints two
 tables, and writes the numbers to a file if `--json` names one.

@@ -292,23 +292,40 @@ def layer_rows(
     found = flow_back(layers, cotangents.outputs, cotangents.split(values), gate)
     like = values.new_ones(len(values), count)
     factors = _signs(like) * (1 + torch.rand_like(like))
-    # If data were mixed up, or a use of the leaf were missing, these two would not agree.
-    trials = torch.stack([(values * f[:, :, None, None]).sum(0) for f in (factors, like)])
-    leaves = [layer.leaf for layer in layers]
-    gradients = vector_jacobian_products(cotangents.outputs, leaves, cotangents.split(trials), gate)
+    # If data were mixed up, or a use of the leaf were missing, these would not agree.
+    gradients = _combination(layers, cotangents, factors, gate)
     result = []
     for layer, flowing, gradient in zip(layers, found, gradients, strict=True):
         rows = LayerRows(layer, flowing, None, False)
-        some, plain = layer.leaf.new_zeros(2, *layer.leaf.shape) if gradient is None else gradient
         orders: tuple[Order, ...] = ("together", "alternating")
         fits = all(len(tap.inputs) % count == 0 for tap in layer.taps)
         order = next(
-            (o for o in orders if fits and _agrees(rows.combined(factors, o), some, rows, power)),
+            (
+                o
+                for o in orders
+                if fits and _agrees(rows.combined(factors, o), gradient, rows, power)
+            ),
             None,
         )
-        complete = order is not None or _agrees(rows.combined(like[:, :1]), plain, rows, power)
+        complete = order is not None
+        if not complete:  # whether data are mixed or uses are missing
+            (plain,) = _combination([layer], cotangents, like, gate)
+            complete = _agrees(rows.combined(like[:, :1]), plain, rows, power)
         result.append(LayerRows(layer, flowing, order, complete))
     return result
+
+
+def _combination(
+    layers: Sequence[Layer], cotangents: Cotangents, factors: Tensor, gate: SampleGate
+) -> list[Tensor]:
+    """Σ factor × row of each layer, of its leaf's shape; factors `[num_cotangents, count]`."""
+    values = (cotangents.values * factors[:, :, None, None]).sum(0, keepdim=True)
+    leaves = [layer.leaf for layer in layers]
+    found = vector_jacobian_products(cotangents.outputs, leaves, cotangents.split(values), gate)
+    return [
+        torch.zeros_like(leaf) if gradient is None else gradient[0]
+        for leaf, gradient in zip(leaves, found, strict=True)
+    ]
 
 
 def same_rows(

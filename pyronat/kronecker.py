@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyronat.errors import NotPositiveDefinite
-from pyronat.operators import BlockOperator, Solver, lerp
+from pyronat.operators import BlockOperator, Solver, is_finite, lerp
 
 FLOOR = 1e-12
 """Smallest eigenvalue of a damped Kronecker product, relative to the largest."""
@@ -103,11 +103,12 @@ class Kronecker(BlockOperator):
     @cached_property
     def _eigen(self) -> KroneckerSolver:
         """Eigenvectors and eigenvalues, the corrected ones where there are any, without damping."""
-        return self._solver(torch.ones_like(self.outputs[0]))
+        return self._solver(None)
 
-    def _solver(self, scale: Tensor) -> KroneckerSolver:
+    def _solver(self, scale: Tensor | None) -> KroneckerSolver:
         """Eigenvectors and eigenvalues of Λ^-½ B Λ^-½ ⊗ A with the scale Λ^½ `[units]`."""
-        left = leading(self.outputs / scale / scale.unsqueeze(1))
+        outputs = self.outputs if scale is None else self.outputs / scale / scale.unsqueeze(1)
+        left = leading(outputs)
         right = leading(self.inputs)
         if self.rows is None:
             values = left.all_values.unsqueeze(1) * right.all_values
@@ -127,7 +128,7 @@ class Kronecker(BlockOperator):
         if self.rows is not None and other.rows is not None:
             rows = _stacked(self.rows, other.rows)
         return Kronecker(
-            (self.mass * self.inputs + other.mass * other.inputs) / total,
+            torch.lerp(self.inputs, other.inputs, other.mass / total),
             self.outputs + other.outputs,
             self.mass + other.mass,
             rows,
@@ -186,7 +187,7 @@ def leading(matrix: Tensor) -> Leading:
     Raises:
         NotPositiveDefinite: if the matrix is not finite.
     """
-    if not bool(torch.isfinite(matrix).all()):
+    if not is_finite(matrix):
         raise NotPositiveDefinite("a Kronecker factor is not finite")
     size = len(matrix)
     if size <= COMPLETE:
@@ -265,11 +266,28 @@ def _stacked(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tup
 
 
 @dataclass(frozen=True)
+class _Shares:
+    """What the values for pairs of vectors are sums of.
+
+    Attributes:
+        both: the value of what is orthogonal to both U and V, `[]`.
+        of_left: what u adds to it `[p, 1]`.
+        of_right: what v adds to it `[q]`.
+        own: what u and v add to these together `[p, q]`.
+    """
+
+    both: Tensor
+    of_left: Tensor
+    of_right: Tensor
+    own: Tensor
+
+
+@dataclass(frozen=True)
 class KroneckerSolver(Solver):
     """Λ^½ (U ⊗ V) diag(values) (U ⊗ V)ᵀ Λ^½, and what is orthogonal to U or V.
 
     Attributes:
-        scale: Λ^½ `[units]`.
+        scale: Λ^½ `[units]`, or None for 1.
         left: U, orthonormal `[units, p]`.
         right: V, orthonormal `[fan_in, q]`.
         values: `[p, q]`, with one more row for what is orthogonal to U where U is not complete, and
@@ -277,7 +295,7 @@ class KroneckerSolver(Solver):
         jitter: what had to be added to the smallest of them.
     """
 
-    scale: Tensor
+    scale: Tensor | None
     left: Tensor
     right: Tensor
     values: Tensor
@@ -292,43 +310,57 @@ class KroneckerSolver(Solver):
 
     def mv(self, vectors: Tensor) -> Tensor:
         """The product with `[*, units, fan_in]`."""
-        scale = self.scale.unsqueeze(1)
-        found = self._applied(self.values, vectors.to(self.values) * scale)
-        return (found * scale).to(vectors.dtype)
+        found = self._applied(self._shares(self.values), self._scaled(vectors, inverse=False))
+        return self._scaled(found, inverse=False).to(vectors.dtype)
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Λ^-½ U [(Uᵀ Λ^-½ X V) / values] Vᵀ for `[units, fan_in]`, and the rest over its own."""
-        scale = self.scale.unsqueeze(1)
-        found = self._applied(self._reciprocals, vectors.to(self.values) / scale)
-        return (found / scale).to(vectors.dtype)
+        found = self._applied(self._inverse_shares, self._scaled(vectors, inverse=True))
+        return self._scaled(found, inverse=True).to(vectors.dtype)
 
-    @cached_property
-    def _reciprocals(self) -> Tensor:
-        return 1 / self.values
+    def _scaled(self, vectors: Tensor, inverse: bool) -> Tensor:
+        """Λ^½ X or Λ^-½ X, in the type of the factors."""
+        vectors = vectors.to(self.values)
+        if self.scale is None:
+            return vectors
+        scale = self.scale.unsqueeze(1)
+        return vectors / scale if inverse else vectors * scale
 
     @property
     def _missing(self) -> tuple[int, int]:
         """Directions that are orthogonal to U and to V."""
         return len(self.left) - self.left.shape[1], len(self.right) - self.right.shape[1]
 
-    def _applied(self, values: Tensor, vectors: Tensor) -> Tensor:
-        """Σ values_ij u_i u_iᵀ X v_j v_jᵀ, what is orthogonal to U or V included."""
-        inner = self.left.mT @ vectors
-        core, missing = inner @ self.right, self._missing
-        if not any(missing):
-            return self.left @ (core * values) @ self.right.mT
+    def _shares(self, values: Tensor) -> _Shares:
+        """What values are sums of."""
+        missing = self._missing
         table = pad(values, (0, int(not missing[1]), 0, int(not missing[0])))
         both = table[-1, -1]
         of_left, of_right = table[:-1, -1:] - both, table[-1, :-1] - both
-        own = table[:-1, :-1] - of_left - of_right - both
-        found = self.left @ (of_left * inner + (own * core) @ self.right.mT)
-        if missing[0]:
-            found = found + ((vectors @ self.right) * of_right) @ self.right.mT + both * vectors
-        return found
+        return _Shares(both, of_left, of_right, table[:-1, :-1] - of_left - of_right - both)
+
+    @cached_property
+    def _inverse_shares(self) -> _Shares:
+        return self._shares(1 / self.values)
+
+    def _applied(self, shares: _Shares, vectors: Tensor) -> Tensor:
+        """Σ values_ij u_i u_iᵀ X v_j v_jᵀ, what is orthogonal to U or V included."""
+        outer, missing = vectors @ self.right, self._missing
+        core = shares.own * (self.left.mT @ outer)
+        if not missing[0]:
+            core = core @ self.right.mT
+            if missing[1]:
+                core = core + shares.of_left * (self.left.mT @ vectors)
+            return self.left @ core
+        outer = self.left @ core + shares.of_right * outer
+        if not missing[1]:
+            return outer @ self.right.mT
+        found = shares.both * vectors + outer @ self.right.mT
+        return found + self.left @ (shares.of_left * (self.left.mT @ vectors))
 
     def quadratic(self, vectors: Tensor) -> Tensor:
         """⟨X, G X⟩ for `[units, fan_in]`, a 0-d tensor."""
-        vectors = vectors.to(self.values) * self.scale.unsqueeze(1)
+        vectors = self._scaled(vectors, inverse=False)
         inner = self.left.mT @ vectors
         squares = (inner @ self.right).square()
         if any(self._missing):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pyronat.operators import inner
 from pyronat.proposals import Motion, Proposal
 from pyronat.shaping import Shape, shaped
 from pyronat.sides import Role, Side
@@ -69,7 +70,8 @@ class Carry:
             for name, change in fresh.items():
                 changes[name] = factor.to(change) * change if name in noisy else change
                 if name in before.changes:
-                    changes[name] = changes[name] + decay.to(change) * before.changes[name]
+                    old = before.changes[name]
+                    changes[name] = torch.addcmul(changes[name], old, decay.to(change))
             found[role] = replace(
                 before,
                 changes={**before.changes, **{name: changes[name] for name in fresh}},
@@ -132,5 +134,5 @@ def within(
 
 def _inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor], like: Tensor) -> Tensor:
     """Σ of products over the parameters that both have."""
-    parts = [(first[name] * second[name]).sum().to(like) for name in first if name in second]
+    parts = [inner(first[name], second[name]).to(like) for name in first if name in second]
     return torch.stack(parts).sum() if parts else torch.zeros_like(like)

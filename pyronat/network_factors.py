@@ -66,12 +66,8 @@ class LayerFactor(Factor):
         flat = weighted.flatten(0, 1)
         mass = spread.sum()
         rows = self._by_datum(weighted, inputs) if self.corrected else None
-        return Kronecker(
-            (inputs * spread.unsqueeze(1)).mT @ inputs / mass.clamp_min(1e-30),
-            flat.mT @ flat,
-            mass,
-            rows,
-        )
+        shares = inputs * (spread / mass.clamp_min(1e-30)).unsqueeze(1)
+        return Kronecker(shares.mT @ inputs, flat.mT @ flat, mass, rows)
 
     def _by_datum(self, flowing: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """δ and a with the rows of each datum together, one datum for each cotangent."""

@@ -128,6 +128,16 @@ class EntriesLayout(Layout):
         return torch.tensor(self.entries, device="cpu")
 
 
+def inner(first: Tensor, second: Tensor) -> Tensor:
+    """Σ of the products of two tensors of one shape, a 0-d tensor; products are not written down.
+
+    Of equal types where that matters for speed.
+    """
+    if first.dtype == second.dtype:
+        return torch.dot(first.reshape(-1), second.reshape(-1))
+    return (first * second).sum()
+
+
 def add_parts(total: dict[str, Tensor], part: Mapping[str, Tensor]) -> None:
     """Adds what one block says about its parameters to what other blocks say."""
     for name, value in part.items():
@@ -179,7 +189,7 @@ class BlockOperator(ABC):
 
     def quadratic(self, vectors: Tensor) -> Tensor:
         """Σ xᵀ G x over the vectors of `[count, size]`, a 0-d tensor."""
-        return (vectors * self.mv(vectors)).sum()
+        return inner(vectors, self.mv(vectors))
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -359,7 +369,7 @@ class CholeskyFactor(Solver):
         return solved.permute(2, 0, 1).reshape(vectors.shape)
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are finite; their sum, which is cheaper, says so in almost all cases."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
@@ -380,7 +390,7 @@ def cholesky(matrix: Tensor, damping: Tensor) -> CholeskyFactor:
     Raises:
         NotPositiveDefinite: if a matrix is not finite or fails on the whole ladder.
     """
-    if not _is_finite(matrix):
+    if not is_finite(matrix):
         raise NotPositiveDefinite("a curvature block is not finite")
     for dtype in dict.fromkeys([matrix.dtype, torch.float64]):
         wide = matrix.to(dtype)

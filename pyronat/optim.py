@@ -22,7 +22,7 @@ from pyronat.programs import KnownProgram
 from pyronat.proposals import Before, Motion, Proposal, step_scalars
 from pyronat.rejection import DEFAULT, Watch
 from pyronat.shaping import Shape, measured, shaped
-from pyronat.sides import Kind, Role, Side
+from pyronat.sides import Directions, Kind, Role, Side
 from pyronat.spectrum import VisibleAverage
 from pyronat.steps import (
     Caution,
@@ -320,36 +320,33 @@ class NaturalGradient(pyro.optim.PyroOptim):
         """
         caution = caution or self.caution
         lr = self.step_length(caution)
-        directions: dict[str, Tensor] = {}
-        products: list[Tensor] = []
+        found: dict[Role, Directions] = {}
 
         def bound(kind: Kind, quadratic: Tensor) -> Tensor:
             return self.trust_region.factor_per_datum(kind, 0.5 * lr**2 * quadratic)
 
-        of_model: list[Tensor] = []
         for role, side in sides.items():
             if side.natural:
                 mixing = self.mixing(caution) if role == "model" else 1.0
-                found, terms = side.directions(
-                    # An adaptive rule judges steps by their gain.
-                    gradients,
-                    mixing,
-                    bound if self.rule is None else None,
-                )
-                directions.update(found)
-                products += terms
-                of_model = terms if role == "model" else of_model
+                # An adaptive rule judges steps by their gain.
+                each = bound if self.rule is None else None
+                found[role] = side.directions(gradients, mixing, each)
+        products = [product for one in found.values() for product in one.products]
         factor = self.trust_region.factor(step_scalars(products, lr)["kl"])
         scalars = step_scalars(products, lr * factor)
+        of_model = found["model"].products if "model" in found else []
         scalars["model_gain"] = step_scalars(of_model, lr * factor)["gain"]
-        changes = {n: -lr * factor * vector for n, vector in directions.items() if n in gradients}
+        changes: dict[str, Tensor] = {}
+        for one in found.values():
+            steps = one.changes(-lr * factor).items()
+            changes.update({name: step for name, step in steps if name in gradients})
         moments: dict[str, Moments] = {}
         kinds = self.assignment(list(gradients))
         for side in sides.values():
-            for name, reach in side.reach().items() if not side.natural else ():
+            for name, inverse in side.inverse_reach.items() if not side.natural else ():
                 if kinds.get(name) == "scaled":
                     changes[name], moments[name] = self.scaled_adam.step(
-                        gradients[name], reach, self.lr(self.step_count), self._moments.get(name)
+                        gradients[name], inverse, self.lr(self.step_count), self._moments.get(name)
                     )
         return Proposal(changes, moments, scalars)
 

@@ -86,7 +86,7 @@ def step_scalars(products: Sequence[Tensor], lr: Tensor | float) -> dict[str, Te
     """What describes a step of length lr.
 
     Args:
-        products: (gᵀg, gᵀd, dᵀd, dᵀAd without damping, Σλ, count) of each block.
+        products: (Σλ, count, gᵀg, gᵀd, dᵀd, dᵀAd without damping) of each block.
         lr: the length.
 
     Returns:
@@ -99,7 +99,7 @@ def step_scalars(products: Sequence[Tensor], lr: Tensor | float) -> dict[str, Te
         )
     first = products[0]
     total = torch.stack([product.to(first) for product in products]).sum(0)
-    grad, inner, direction, quadratic, damping, count = total.unbind()
+    damping, count, grad, inner, direction, quadratic = total.unbind()
     tiny = torch.finfo(total.dtype).tiny
     return {
         "length": torch.as_tensor(lr),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -16,7 +17,7 @@ from pyronat.errors import CheckpointMismatch, PyronatError
 from pyronat.families import is_reparametrized
 from pyronat.geometry import Geometry
 from pyronat.graph import BayesNet
-from pyronat.operators import BlockOperator, Solver, Whitener, add_parts
+from pyronat.operators import BlockOperator, Solver, Whitener, add_parts, inner
 from pyronat.plans import Plan
 from pyronat.programs import KnownProgram
 from pyronat.spectrum import Spectrum, VisibleAverage, spectrum
@@ -38,12 +39,44 @@ class SolvedBlock:
     Attributes:
         damping: λ `[count]` at the refresh that factored it.
         factor: G + λ I, ready to be solved with.
-        known: whether G + λ I is more than 0 `[count]`; units of which nothing is known stay.
+        known: whether G + λ I is more than 0 `[count]`, or None where it is for all; units of which
+            nothing is known stay.
     """
 
     damping: Tensor
     factor: Solver
-    known: Tensor
+    known: Tensor | None
+
+    @cached_property
+    def total(self) -> tuple[Tensor, Tensor]:
+        """Σ λ and the number of units, 0-d tensors."""
+        damping = self.damping
+        return damping.sum(), damping.new_tensor(float(len(damping)))
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Natural gradients of a side.
+
+    Attributes:
+        plan: of the side.
+        vectors: d = A⁻¹ g by block `[count, size]`.
+        shrinking: factors on them by block, 0-d tensors; 1 where none is given.
+        products: (Σλ, count, gᵀg, gᵀd, dᵀd, dᵀAd without damping) of each block with its factor.
+    """
+
+    plan: Plan
+    vectors: Mapping[str, Tensor]
+    shrinking: Mapping[str, Tensor]
+    products: list[Tensor]
+
+    def changes(self, length: Tensor) -> dict[str, Tensor]:
+        """Steps length · d by parameter name."""
+        total: dict[str, Tensor] = {}
+        for name, vector in self.vectors.items():
+            scale = length.to(vector) * self.shrinking.get(name, 1.0)
+            add_parts(total, self.plan.layouts[name].unpack(scale * vector))
+        return total
 
 
 @dataclass(frozen=True)
@@ -184,27 +217,29 @@ class Side:
     def _solve(self, name: str, operator: BlockOperator, damping: Tensor) -> SolvedBlock:
         try:
             known = operator.mean_diagonal() + damping > 0
-            return SolvedBlock(damping, operator.factor(damping), known)
+            factor = operator.factor(damping)
+            return SolvedBlock(damping, factor, None if bool(known.all()) else known)
         except PyronatError as error:
             raise type(error)(f"block of {name}: {error}") from error
 
-    def reach(self) -> dict[str, Tensor]:
-        """Reach of every parameter entry, by parameter name; 0 where nothing is known."""
+    @cached_property
+    def inverse_reach(self) -> dict[str, Tensor]:
+        """1 / reach of every parameter entry, by parameter name; 0 where nothing is known."""
         reach: dict[str, Tensor] = {}
         for name, curvature in self.average.items():
             layout = self.plan.layouts[name]
             size = self.plan.blocks[name].size
             spread = _filled(curvature.reach).unsqueeze(1).expand(-1, size)
             add_parts(reach, layout.unpack(spread))
-        return reach
+        return {name: torch.where(value > 0, 1 / value, 0.0) for name, value in reach.items()}
 
     def directions(
         self,
         gradients: Mapping[str, Tensor],
         mixing: float | RetainedShare = 1.0,
         bound: Bound | None = None,
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Natural gradients d = A⁻¹ g by parameter, and the products that describe them.
+    ) -> Directions:
+        """Natural gradients d = A⁻¹ g, and the products that describe them.
 
         Args:
             gradients: g by parameter name.
@@ -212,7 +247,7 @@ class Side:
             bound: of networks and of guides, or None.
 
         Returns:
-            d by parameter name, and (gᵀg, gᵀd, dᵀd, dᵀAd without damping, Σλ, count) of each block.
+            The directions.
         """
         packed = {name: self.packed(name, gradients) for name in self.solved}
         found: dict[str, Tensor] = {}
@@ -226,23 +261,19 @@ class Side:
         for name, solved in self.solved.items():
             gradient = packed[name]
             direction = found[name] if name in found else solved.factor.solve(gradient)
-            direction = vectors[name] = direction * solved.known.unsqueeze(1)
-            inner = (gradient * direction).sum()
-            squares = direction.square().sum(1)
+            if solved.known is not None:
+                direction = direction * solved.known.unsqueeze(1)
+            vectors[name], product = direction, inner(gradient, direction)
+            squares = torch.linalg.vector_norm(direction, dim=1).square()
             # A d = g with A damped, so dᵀAd needs no product with A.
-            quadratic = inner - damped.get(name, 1.0) * (solved.damping * squares).sum()
-            parts = [gradient.square().sum(), inner, squares.sum(), quadratic]
-            entries = inner.new_tensor(float(len(gradient)))
-            products[name] = torch.stack([*parts, solved.damping.sum(), entries])
+            quadratic = product - damped.get(name, 1.0) * inner(solved.damping, squares)
+            parts = [inner(gradient, gradient), product, squares.sum(), quadratic]
+            products[name] = torch.stack([*(part.to(product) for part in solved.total), *parts])
         shrinking = {} if bound is None else self._shrinking(products, bound)
-        directions: dict[str, Tensor] = {}
-        for name, vector in vectors.items():
-            if name in shrinking:
-                f, one = shrinking[name], torch.ones_like(shrinking[name])
-                vector = f * vector
-                products[name] = products[name] * torch.stack([one, f, f * f, f * f, one, one])
-            add_parts(directions, self.plan.layouts[name].unpack(vector))
-        return directions, list(products.values())
+        for name, f in shrinking.items():
+            one = torch.ones_like(f)
+            products[name] = products[name] * torch.stack([one, one, one, f, f * f, f * f])
+        return Directions(self.plan, vectors, shrinking, list(products.values()))
 
     def _shrinking(self, products: Mapping[str, Tensor], bound: Bound) -> dict[str, Tensor]:
         """Factors on the directions of blocks: one for all networks, one for the rest.
@@ -258,7 +289,7 @@ class Side:
         for kind in ("network", self.role):
             names = [name for name in products if self._kind(name) == kind]
             if names:
-                quadratic = torch.stack([products[name][3] for name in names]).sum().clamp_min(0)
+                quadratic = torch.stack([products[name][5] for name in names]).sum().clamp_min(0)
                 masses = [
                     self.average[name].mass.to(quadratic) * self._bounded_parts(kind, name)
                     for name in names

@@ -655,13 +655,13 @@ class ReachScaledAdam:
     eps: float = 1e-8
 
     def step(
-        self, gradient: Tensor, reach: Tensor, lr: float, state: Moments | None
+        self, gradient: Tensor, inverse_reach: Tensor, lr: float, state: Moments | None
     ) -> tuple[Tensor, Moments]:
         """The change of a parameter and the new state.
 
         Args:
             gradient: of any shape.
-            reach: the reach of each entry, same shape; entries without one do not move.
+            inverse_reach: 1 / reach of each entry, same shape; entries with 0 do not move.
             lr: current learning rate.
             state: moments, or None at the start.
 
@@ -674,8 +674,8 @@ class ReachScaledAdam:
             state = Moments(zero, zero, 0)
         steps = state.steps + 1
         first = torch.lerp(state.first, gradient, 1 - first_decay)
-        second = torch.lerp(state.second, gradient.square(), 1 - second_decay)
-        root = (second / (1 - second_decay**steps)).sqrt()
-        direction = first / (1 - first_decay**steps) / (root + self.eps)
-        rate = self.logits_per_lr * lr / torch.where(reach > 0, reach, torch.inf)
-        return -rate * direction, Moments(first, second, steps)
+        second = state.second * second_decay
+        second.addcmul_(gradient, gradient, value=1 - second_decay)
+        root = second.sqrt().div_(math.sqrt(1 - second_decay**steps)).add_(self.eps)
+        rate = -self.logits_per_lr * lr / (1 - first_decay**steps)
+        return torch.div(first, root).mul_(inverse_reach).mul_(rate), Moments(first, second, steps)

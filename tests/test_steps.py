@@ -128,7 +128,7 @@ def test_shares_of_expectations_sum_to_one(expectation: Any) -> None:
 def scaled_path(rule: ReachScaledAdam, reach: Tensor, lr: float, gradients: Tensor) -> Tensor:
     value, state, path = torch.zeros_like(reach), None, []
     for gradient in gradients:
-        change, state = rule.step(gradient, reach, lr, state)
+        change, state = rule.step(gradient, 1 / reach, lr, state)
         value = value + change
         path.append(value)
     return torch.stack(path)
@@ -156,7 +156,7 @@ def test_scaled_adam_moves_a_logit_by_its_rate_whatever_the_fan_in() -> None:
     for fan_in in (1, 10, 1000):
         inputs = torch.ones(fan_in, dtype=torch.float64)
         reach = (2 * 0.5 * inputs.abs().sum()).expand(fan_in)  # 2 √w_ref E‖a‖₁, w_ref = 1/4
-        change, _ = ReachScaledAdam().step(-inputs, reach, 0.1, None)
+        change, _ = ReachScaledAdam().step(-inputs, 1 / reach, 0.1, None)
         assert (change @ inputs).item() == pytest.approx(3.0 * 0.1, rel=1e-6)
 
 

@@ -20,8 +20,12 @@ FLOOR = 1e-12
 COMPLETE = 256
 """Size of a factor up to which all of its eigenvectors are taken."""
 
-LEADING = 64
-"""Leading eigenvectors that are taken of a larger one."""
+LEADING = 32
+"""Leading eigenvectors that are taken of a larger one.
+
+With 64 a step of a variational autoencoder with layers of 784, 400 and 20 units takes longer, and
+after 900 steps on binarized digits its loss is not lower.
+"""
 
 _SPARE = 16
 """Columns that a subspace has beyond those that are kept."""

@@ -29,8 +29,12 @@ Kind: TypeAlias = Literal["visible", "missing", "observed"]
 MAX_ROWS = 200
 """Rows that stand for the missing information of a district that is not kept as a matrix."""
 
-MAX_NUMBERS = 2**24
-"""Numbers in those rows, of which very wide districts keep fewer."""
+MAX_NUMBERS = 2**22
+"""Numbers in those rows, of which very wide districts keep fewer.
+
+With four times as many, a sigmoid belief network with layers of 784, 200 and 200 units was as good
+after 600 and after 2,000 steps on binarized digits.
+"""
 
 _MAX_DOUBLE = 2**22
 """Numbers in the rows or the matrix of a district that are taken to float64."""

@@ -1,9 +1,11 @@
 """pyronat: natural gradients for probabilistic programs in Pyro."""
 
+import logging
+
 from pyronat import steps, testing
 from pyronat.analysis import analyze
 from pyronat.blocks import ParamBlock
-from pyronat.errors import PyronatError
+from pyronat.errors import PyronatError, PyronatWarning
 from pyronat.geometry import Euclidean, Full, Visible
 from pyronat.graph import BayesNet, District, Site
 from pyronat.infer import NaturalSVI
@@ -24,6 +26,7 @@ __all__ = [
     "NaturalSVI",
     "ParamBlock",
     "PyronatError",
+    "PyronatWarning",
     "ReweightedWakeSleep",
     "Site",
     "StepInfo",
@@ -35,3 +38,5 @@ __all__ = [
     "streaming",
     "testing",
 ]
+
+logging.getLogger("pyronat").addHandler(logging.NullHandler())

@@ -17,7 +17,7 @@ from pyronat.families import family_name
 from pyronat.flows import GroupFlow, ProgramFlow, SiteFlow, follow
 from pyronat.graph import BayesNet, Edge, Site
 from pyronat.layers import find_layers
-from pyronat.partition import IRREGULAR, FactorStructure, blocks_of, check_regular
+from pyronat.partition import IRREGULAR, UNREACHED, FactorStructure, blocks_of, check_regular
 from pyronat.tracing import Program
 from pyronat.weights import elements_of
 
@@ -148,7 +148,7 @@ def _without_fisher(
     def reason(name: str, leaf: Tensor) -> str:
         if not leaf.requires_grad:
             return "requires no gradient"
-        return irregular.get(name, "reaches no random site")
+        return irregular.get(name, UNREACHED)
 
     return tuple(
         (name, reason(name, leaf)) for name, leaf in flow.params.items() if name not in assigned

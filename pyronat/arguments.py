@@ -87,6 +87,7 @@ def _add(commands: Any, name: str, about: str, command: Command) -> Any:
         help="of torch; 1 is best for small programs",
     )
     add("--traceback", action="store_true", help="with errors, where in the code they are from")
+    add("--verbose", "-v", action="count", default=0, help="log what happens; twice for more")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -20,6 +21,8 @@ from torch.distributions.constraints import Constraint
 
 from pyronat.errors import CheckpointMismatch
 from pyronat.tracing import random_state, set_random_state
+
+log = logging.getLogger(__name__)
 
 _HOMES = {"torch": torch_constraints, "pyro": pyro_constraints}
 """Modules whose constraints can be written down."""
@@ -51,6 +54,7 @@ def write(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+    log.info("wrote %s", path)
 
 
 def read(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, Any]:
@@ -72,6 +76,7 @@ def read(path: str | os.PathLike[str], map_location: Any = None) -> dict[str, An
         raise CheckpointMismatch(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointMismatch(f"{path} holds a {type(state).__name__}, not a state")
+    log.info("read %s", path)
     return state
 
 

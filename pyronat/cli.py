@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import math
 import sys
+import warnings
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,12 @@ from pyronat.comparison import (
     table,
 )
 from pyronat.drawing import check_pictures
-from pyronat.errors import CheckpointMismatch, PyronatError, UnsupportedProgram
+from pyronat.errors import (
+    CheckpointMismatch,
+    PyronatError,
+    PyronatWarning,
+    UnsupportedProgram,
+)
 from pyronat.inspection import Missing, missing_information
 from pyronat.loading import Target, importable, target_of
 from pyronat.predictive import predictions
@@ -58,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(inspect_command, train_command)
     try:
         options = parser.parse_args(argv)
-        with _environment(options):
+        with _environment(options), _heard(options.verbose):
             done: int = options.command(options, parser)
             return done
     except SystemExit as end:  # argparse has printed what is wrong
@@ -88,6 +95,32 @@ def _environment(options: argparse.Namespace) -> Generator[None, None, None]:
         torch.set_default_device(before[0])
         torch.set_default_dtype(before[1])
         torch.set_num_threads(before[2])
+
+
+@contextmanager
+def _heard(verbose: int) -> Generator[None, None, None]:
+    """In this context warnings of the package are notes, and its log is on standard error."""
+    log, handler = logging.getLogger("pyronat"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    before = log.level
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("default", PyronatWarning)
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, PyronatWarning):
+                _say([str(message)])
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        if verbose:
+            stack.callback(log.setLevel, before)
+            stack.callback(log.removeHandler, handler)
+            log.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+            log.addHandler(handler)
+        yield
 
 
 # Commands

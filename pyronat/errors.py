@@ -1,4 +1,4 @@
-"""The errors that pyronat raises on purpose: each names the culprit and the way out."""
+"""What pyronat raises and warns of on purpose: each names the culprit and the way out."""
 
 from __future__ import annotations
 
@@ -85,3 +85,11 @@ class InvalidProgramFile(PyronatError):
 
 class MissingPackage(PyronatError):
     """What was asked for needs a package that is not installed."""
+
+
+class PyronatWarning(UserWarning):
+    """Base of every warning: training goes on, but perhaps not as it was meant to."""
+
+
+class WithoutFisher(PyronatWarning):
+    """Parameters without a Fisher information are left to an optimizer that nobody has set."""

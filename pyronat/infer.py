@@ -39,6 +39,7 @@ from pyronat.reports import StepInfo, describe
 from pyronat.resume import resume, training_state
 from pyronat.sides import Role, Side
 from pyronat.steps import Searched, Tally
+from pyronat.telling import tell
 from pyronat.tracing import (
     data_count,
     guide_messenger,
@@ -448,6 +449,7 @@ class NaturalSVI:
         self._check_simulable(model)
         self.optim.bind({"model": model, "guide": guide})
         self._analyzed = True
+        tell(self.optim, stacklevel=4)
 
     def _of_guide(self, guide: KnownProgram, model: KnownProgram) -> KnownProgram:
         """The guide without parameters of a model that it only runs along with itself."""
@@ -475,6 +477,7 @@ class NaturalSVI:
             guide = learn(unknown, self.guide, args, kwargs)
             programs["guide"] = self._of_guide(guide, programs["model"])
         self.optim.replan(programs)
+        tell(self.optim, stacklevel=3)
 
     def _observer(self, refresh: bool) -> LossObserver:
         model, guide = self.optim.sides["model"], self.optim.sides["guide"]

@@ -29,8 +29,8 @@ from pyronat.errors import StructureChanged, UnsupportedDistribution
 from pyronat.graph import BayesNet, Edge, Site
 from pyronat.operators import AxesLayout, EntriesLayout, Layout
 
-IRREGULAR = "has no Fisher information"
-"""Why a parameter is in no block, where its site's distribution is to blame."""
+IRREGULAR, UNREACHED = "has no Fisher information", "reaches no random site"
+"""Why a parameter is in no block: its site's distribution is to blame, or it has none."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Planner:
             UnassignedParameter: if model and guide share a parameter.
         """
         model, guide = programs["model"].net, programs["guide"].net
-        shared = {n for n in _reaching(model) & _reaching(guide) if not self._is_excluded(n)}
+        shared = {n for n in _reaching(model) & _reaching(guide) if not self.excludes(n)}
         if shared:
             raise UnassignedParameter(
                 f"{', '.join(sorted(shared))} is used by model and guide, which have separate "
@@ -75,7 +75,7 @@ class Planner:
 
     def plan(self, program: KnownProgram, geometry: Geometry) -> Plan:
         """The blocks of a program that a geometry measures, wide layers in one basis each."""
-        excluded = filter(self._is_excluded, program.net.params)
+        excluded = filter(self.excludes, program.net.params)
         wide = _in_one_basis(program.net.blocks) if geometry.sources else {}
         structures = {**wide, **geometry.structures}
         return make_plan(program, excluded, required=bool(geometry.sources), structures=structures)
@@ -111,7 +111,8 @@ class Planner:
             found[role] = side.restored(states[role], plan, districts)
         return found
 
-    def _is_excluded(self, name: str) -> bool:
+    def excludes(self, name: str) -> bool:
+        """Whether a parameter is left to another optimizer by its name."""
         return any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def _guide_geometry(self, net: BayesNet) -> Geometry:

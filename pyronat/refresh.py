@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from pyronat.spectrum import VisibleAverage
 from pyronat.tracing import Program, own_random_numbers, random_state, set_random_state
 from pyronat.visible import Dreamer, measure_visible
 from pyronat.visible_exact import exact_visible, observed_information
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Meter:
             elif guide.plan.blocks:
                 found["guide"] = observer.guide_curvature()
             visible, ess = self._visible(sides, call, params, decay)
+        log.debug("measured %d blocks, %d districts", sum(map(len, found.values())), len(visible))
         return Reading(found, visible, ess)
 
     def _model_curvature(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Generator, Iterable, Mapping
@@ -23,6 +24,8 @@ from pyronat.sides import Role, Side
 from pyronat.steps import Caution, Evidence, Rejection, Searched, Tally
 from pyronat.tracing import Program, inside_support, stored_leaves
 from pyronat.validation import after_step, ahead, compared
+
+log = logging.getLogger(__name__)
 
 MAX_REJECTED = 3
 """Rejected steps in a row after which training stops with an error."""
@@ -234,6 +237,7 @@ def check_finite(trial: Trial, sites: Iterable[SiteRecord], loss: float, rejecte
     """
     if trial.finite:
         return
+    log.warning("a step was not taken: loss %g, %d in a row that were not finite", loss, rejected)
     for record in sites:
         if record.observed and bool(torch.isnan(record.value).any()):
             raise InvalidData(
@@ -434,6 +438,8 @@ def _take_back(optim: NaturalGradient, rule: Rejection, last: Before) -> None:
     optim.last, optim.watch = None, rule.shorter(optim.watch)
     if optim.rule is not None and isinstance(optim.caution, Searched):
         optim.caution = optim.rule.judged(optim.caution, -math.inf)
+    step, factor = optim.step_count - 1, optim.watch.factor
+    log.warning("step %d was taken back, further ones have the factor %g", step, factor)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"visible_exact"}),
     frozenset({"motion"}),
     frozenset({"optim", "study", "refresh"}),
-    frozenset({"trials", "resume", "presets"}),
+    frozenset({"trials", "resume", "presets", "telling"}),
     frozenset({"reports"}),
     frozenset({"infer"}),
     frozenset({"loading", "progress"}),
@@ -279,6 +279,8 @@ import json, logging, sys, warnings
 import torch, pyro, networkx
 import pyro.infer, pyro.optim, pyro.poutine
 
+OWN_LOGGERS = set()
+
 def state():
     return {
         "dtype": str(torch.get_default_dtype()),
@@ -293,7 +295,7 @@ def state():
         "checks": torch.distributions.Distribution._validate_args,
         "stack": len(pyro.poutine.runtime._PYRO_STACK),
         "params": sorted(pyro.get_param_store()),
-        "loggers": sorted(logging.root.manager.loggerDict),
+        "loggers": sorted(set(logging.root.manager.loggerDict) - OWN_LOGGERS),
         "handlers": len(logging.root.handlers),
         "patched": [
             id(getattr(owner, name))
@@ -306,6 +308,7 @@ def state():
 
 before, loaded = state(), set(sys.modules)
 import pyronat
+OWN_LOGGERS |= {n for n in logging.root.manager.loggerDict if n.split(".")[0] == "pyronat"}
 after = state()
 new = sorted({name.split(".")[0] for name in set(sys.modules) - loaded})
 torch.set_default_dtype(torch.float64)
@@ -331,6 +334,12 @@ def test_importing_changes_nothing() -> None:
     assert found["mutant"] == ["dtype", "patched"]
 
 
+def test_types_are_shipped() -> None:
+    """The marker of PEP 561, without which type checkers ignore the annotations."""
+    assert (ROOT / "pyronat" / "py.typed").is_file()
+    assert 'pyronat = ["py.typed"]' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_public_names() -> None:
     import pyronat
 
@@ -344,7 +353,8 @@ def test_every_error_has_one_base() -> None:
 
     for name, kind in vars(errors).items():
         if isinstance(kind, type) and kind.__module__ == errors.__name__:
-            assert issubclass(kind, errors.PyronatError) and kind.__doc__, name
+            bases = (errors.PyronatError, errors.PyronatWarning)
+            assert issubclass(kind, bases) and kind.__doc__, name
 
 
 @pytest.mark.parametrize("name", MODULES)

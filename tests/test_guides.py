@@ -183,6 +183,7 @@ def short(name: str) -> str:
     return rest if head.startswith(("Auto", "PartlyPoint")) else name
 
 
+@pytest.mark.filterwarnings("ignore::pyronat.errors.WithoutFisher")
 @pytest.mark.parametrize("name", NATURAL)
 def test_the_fisher_of_a_guide_is_the_hessian_of_its_divergence(name: str) -> None:
     factory, expected, without = NATURAL[name]
@@ -203,6 +204,7 @@ def test_the_fisher_of_a_guide_is_the_hessian_of_its_divergence(name: str) -> No
     assert {short(param) for param, _ in net.without_fisher} == without
 
 
+@pytest.mark.filterwarnings("ignore::pyronat.errors.WithoutFisher")
 @pytest.mark.parametrize("name", NATURAL)
 def test_guides_train_by_default(name: str) -> None:
     guide = NATURAL[name][0](regression)

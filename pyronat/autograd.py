@@ -463,7 +463,7 @@ def jacobian(coordinates: Tensor, params: Sequence[Tensor], gate: SampleGate) ->
 
 
 def vector_jacobian_products(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Tensor | GradientEdge],
     inputs: Sequence[Any],
     cotangents: Sequence[Tensor],
     gate: SampleGate,
@@ -471,16 +471,16 @@ def vector_jacobian_products(
     """Σ_outputs cᵀ ∂output/∂input for many cotangents c, sample values held fixed.
 
     Args:
-        outputs: tensors `[*shape]`.
-        inputs: leaves, or `GradientEdge`s of the graph.
+        outputs: tensors `[*shape]`, or `GradientEdge`s of the graph.
+        inputs: leaves, or such edges.
         cotangents: for each output `[num_cotangents, *shape]`.
         gate: the sample values.
 
     Returns:
         For each input `[num_cotangents, *input]`, detached, or None where no output reaches it.
     """
-    attached = [output.requires_grad for output in outputs]
-    some = [output for output, keep in zip(outputs, attached, strict=True) if keep]
+    attached = [isinstance(o, GradientEdge) or o.requires_grad for o in outputs]
+    some: Any = [output for output, keep in zip(outputs, attached, strict=True) if keep]
     given = [cotangent for cotangent, keep in zip(cotangents, attached, strict=True) if keep]
     if not some or not inputs:
         return [None] * len(inputs)

@@ -93,6 +93,24 @@ def test_rows_have_the_jacobian_of_their_elements(make):
     assert torch.equal(rows.numbers[rows.first], torch.arange(count))
 
 
+def of_two_variables(leaf: Tensor, number: Tensor) -> Tensor:
+    """Elements that share what was read."""
+    return leaf[number[:5, None] % 3] * leaf.exp()[number[None, :12] % 2]
+
+
+@pytest.mark.parametrize("make", [*TABLES, of_two_variables], ids=lambda make: make.__name__)
+def test_only_shared_reads_go_through_tensors_of_all_elements(make, monkeypatch):
+    through = []
+
+    def watched(*args):
+        through.append(args)
+        return jacobian(*args)
+
+    monkeypatch.setattr(tables, "jacobian", watched)
+    assert found(make)[1] is not None
+    assert bool(through) == (make is of_two_variables)
+
+
 @pytest.mark.parametrize("make", NO_TABLES, ids=lambda make: make.__name__)
 def test_what_is_no_table_is_refused(make):
     assert found(make)[1] is None

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyro.distributions
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import torch.distributions
+from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
+from torch.distributions import constraints
 
-from pyronat import families, testing, wrappers
+from pyronat import NaturalGradient, NaturalSVI, Visible, families, testing, wrappers
 from pyronat.errors import NoFisher, PyronatError, UnsupportedDistribution
 from pyronat.families import (
     FAMILIES,
@@ -1021,6 +1024,31 @@ def test_added_families_have_their_closed_form(own: None) -> None:
     assert families.is_reparametrized("Own")
     with pytest.raises(UnsupportedDistribution, match=r"Other.*families\.add"):
         groups(Other(rate))
+
+
+def own_step() -> None:
+    """A step of the visible geometry on a mixture of two rates."""
+
+    def model(x: Tensor) -> None:
+        rates = pyro.param("rates", torch.tensor([0.5, 2.0]), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            pyro.sample("x", Own(rates[kind.long()]), obs=x)
+
+    optim = NaturalGradient(geometry=Visible(posterior="enumerate", num_dreams=50))
+    svi = NaturalSVI(model, lambda x: None, optim, TraceEnum_ELBO(max_plate_nesting=1))
+    svi.step(torch.tensor([0.1, 1.0, 3.0]))
+    assert svi.info is not None and svi.info.accepted and svi.info.missing is not None
+
+
+def test_the_visible_geometry_takes_added_families(own: None) -> None:
+    own_step()
+
+
+def test_the_visible_geometry_refuses_others() -> None:
+    """Negative control."""
+    with pytest.raises(UnsupportedDistribution, match="site x .* no closed-form"):
+        own_step()
 
 
 def test_families_that_were_not_added_have_none() -> None:

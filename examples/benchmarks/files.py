@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+CPU_INFO = Path("/proc/cpuinfo")
+
 
 def write(path: Path, **measured: Any) -> None:
     """Writes measurements as JSON, and says so.
@@ -21,8 +23,16 @@ def write(path: Path, **measured: Any) -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count(),
+        "processor": processor(),
         **measured,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     print(f"Wrote {path}")
+
+
+def processor() -> str:
+    """What kind of processor this is, as the system calls it."""
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

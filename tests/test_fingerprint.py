@@ -396,9 +396,9 @@ def recurrent(steps: int) -> None:
 def test_long_graphs() -> None:
     trace = poutine.trace(recurrent).get_trace(2000)
     records, params = records_of(trace), params_of(trace)
-    start = time.perf_counter()
+    start = time.process_time()
     found = fingerprint(records, params)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert found == mark(recurrent, 2000)
     assert found != mark(recurrent, 1999)
 
@@ -412,9 +412,9 @@ def test_graphs_that_join_again_and_again() -> None:
             loc = (loc + loc) / 2
         pyro.sample("x", dist.Normal(loc, 1.0))
 
-    start = time.perf_counter()
+    start = time.process_time()
     assert mark(doubling, 60) != mark(doubling, 61)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 # --- canary --------------------------------------------------------------------------------------

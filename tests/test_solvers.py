@@ -62,7 +62,7 @@ def test_the_quick_version_measures_every_solver(
     results = json.loads(file.read_text())["results"]
     assert len(results) == 2 * (3 + 6)
     for result in results:
-        assert result["pairs"] > result["solve"] > 0 < result["relative"]
+        assert min(result["pairs"], result["solve"], result["relative"]) > 0
         assert (result["error"] < 1e-4) == (result["structure"] in EXACT)
     assert capsys.readouterr().out.count("\n| ") == 1 + len(results)
 

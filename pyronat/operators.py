@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import prod
@@ -165,9 +165,6 @@ class Whitener(Protocol):
     @property
     def shape(self) -> torch.Size:
         """(count, size)."""
-
-    def part(self, units: slice) -> Whitener:
-        """The factor of some of its units."""
 
     def whiten(self, vectors: Tensor) -> Tensor:
         """L⁻¹ x for `[*rows, count, size]`, in the type of the factor."""
@@ -344,10 +341,6 @@ class CholeskyFactor(Solver):
     def shape(self) -> torch.Size:
         """(count, size)."""
         return self.lower.shape[:2]
-
-    def part(self, units: slice) -> CholeskyFactor:
-        """The factors of some units."""
-        return replace(self, lower=self.lower[units])
 
     def solve(self, vectors: Tensor) -> Tensor:
         """(G + damping + jitter)⁻¹ x for `[count, size]`."""

@@ -138,10 +138,6 @@ class SharedSolver(Solver):
         """(units, size)."""
         return self.reciprocals.shape
 
-    def part(self, units: slice) -> SharedSolver:
-        """The solver of some units."""
-        return replace(self, reciprocals=self.reciprocals[units])
-
     def solve(self, vectors: Tensor) -> Tensor:
         """V diag(1 / values) Vᵀ x for `[units, size]`; 0 for units of which nothing is known."""
         inner = self._times(vectors, self.basis).mul_(self.reciprocals)

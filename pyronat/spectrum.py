@@ -39,9 +39,6 @@ after 600 and after 2,000 steps on binarized digits.
 _MAX_DOUBLE = 2**22
 """Numbers in the rows or the matrix of a district that are taken to float64."""
 
-_CHUNK_NUMBERS = 2**19
-"""Numbers of very wide districts that are whitened at a time, so that they stay in the cache."""
-
 _NEGLIGIBLE = 1e-6
 """Missing information, as a share of the whole, that is taken for none."""
 
@@ -234,18 +231,14 @@ def spectrum(
         directions = directions[:, kept]
     else:
         assert average.rows is not None
-        rows, small = average.rows, average.rows.numel() <= _MAX_DOUBLE
-        white = _whitened(rows, factors) if small else None
-        gram = _gram(rows, factors) if white is None else white @ white.mT
+        white = _whitened(average.rows, factors)
+        gram = white @ white.mT
         values, vectors = torch.linalg.eigh(_symmetric(gram).double())
-        share = _signal_share(gram.diagonal(), values, rows.shape[1], average.num_dreams)
+        width = average.rows.shape[1]
+        share = _signal_share(gram.diagonal(), values, width, average.num_dreams)
         missing = (values * share).clamp(0, 1)
         kept = missing > _NEGLIGIBLE
-        chosen = vectors[:, kept] / values[kept].sqrt()
-        if white is None:  # the few that are kept are whitened once more rather than all held
-            directions = _whitened(chosen.mT.to(rows) @ rows, factors).mT.to(rows.dtype)
-        else:
-            directions = white.mT @ chosen
+        directions = white.mT @ (vectors[:, kept] / values[kept].sqrt()).to(white)
     return Spectrum(
         dict(factors),
         directions,
@@ -272,20 +265,6 @@ def _whitened(rows: Tensor, factors: Mapping[str, Whitener]) -> Tensor:
         1,
     )
     return white if rows.numel() > _MAX_DOUBLE else white.double()
-
-
-def _gram(rows: Tensor, factors: Mapping[str, Whitener]) -> Tensor:
-    """R L⁻ᵀ L⁻¹ Rᵀ `[rows, rows]` of rows `[rows, width]`, a few units at a time."""
-    total = rows.new_zeros(len(rows), len(rows))
-    shapes = [factor.shape for factor in factors.values()]
-    parts = rows.split([shape.numel() for shape in shapes], 1)
-    for factor, shape, part in zip(factors.values(), shapes, parts, strict=True):
-        each, step = part.unflatten(1, shape), max(_CHUNK_NUMBERS // (len(rows) * shape[1]), 1)
-        for start in range(0, shape[0], step):
-            units = slice(start, start + step)
-            white = factor.part(units).whiten(each[:, units]).flatten(1).to(total)
-            total.addmm_(white, white.mT)
-    return total
 
 
 def _signal_share(squares: Tensor, values: Tensor, width: int, num_dreams: float) -> float:

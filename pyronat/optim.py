@@ -184,7 +184,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
             UnassignedParameter: if model and guide share a parameter.
             UnknownName: if a factor of the learning rate is for no parameter.
         """
-        sides = self._planner.sides(programs)
+        sides = self.planner.sides(programs)
         if isinstance(self.lr, PerName):
             check_names(self.lr, sides, self.others is not None)
         self.sides = sides
@@ -213,7 +213,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         Raises:
             UnassignedParameter: if model and guide share a parameter.
         """
-        sides = self._planner.sides(programs)
+        sides = self.planner.sides(programs)
         self.sides = {
             role: self.sides[role].replanned(side.plan, side.districts)
             if self.sides[role].geometry == side.geometry
@@ -223,7 +223,8 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self._settle()
 
     @property
-    def _planner(self) -> Planner:
+    def planner(self) -> Planner:
+        """Who assigns parameters to the sides, and plans their blocks."""
         return Planner(self.geometry, self.guide_geometry, self.exclude)
 
     def assignment(self, names: Sequence[str]) -> dict[str, str]:
@@ -468,7 +469,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self.last = None if state["last"] is None else Before(**state["last"])
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        sides = self._planner.restored(self.sides, state["sides"])
+        sides = self.planner.restored(self.sides, state["sides"])
         self.step_count, self.seed = state["step_count"], state["seed"]
         self.sides = sides
         self._settle()

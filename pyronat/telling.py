@@ -15,7 +15,6 @@ import warnings
 from pyronat.errors import WithoutFisher
 from pyronat.optim import NaturalGradient
 from pyronat.partition import IRREGULAR, UNREACHED
-from pyronat.planning import Planner
 
 SHOWN = 5
 """Names that are listed."""
@@ -34,7 +33,6 @@ def tell(optim: NaturalGradient, stacklevel: int) -> None:
         net, metric = side.net, type(side.geometry).__name__
         counts = len(net.sites), len(net.blocks), len(net.districts)
         log.info("%s: %d sites, %d blocks, %d districts, %s geometry", role, *counts, metric)
-    planner = Planner(optim.geometry, optim.guide_geometry, optim.exclude)
     owned = {name for s in optim.sides.values() for b in s.net.blocks for name in b.params}
     left = {
         name: reason
@@ -42,7 +40,7 @@ def tell(optim: NaturalGradient, stacklevel: int) -> None:
         for name, reason in side.net.without_fisher
         if (reason.endswith(IRREGULAR) or (role == "guide" and reason == UNREACHED))
         and name not in owned
-        and not planner.excludes(name)
+        and not optim.planner.excludes(name)
     }
     if left and optim.others is None:
         names = ", ".join(sorted(left)[:SHOWN]) + (", …" if len(left) > SHOWN else "")

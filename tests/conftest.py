@@ -16,6 +16,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def clean_slate():
+    threads = torch.get_num_threads()
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     torch.set_default_dtype(torch.float64)
@@ -24,3 +25,10 @@ def clean_slate():
         yield
     torch.set_default_dtype(torch.float32)
     torch.set_default_device("cpu")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def single_precision(clean_slate):
+    """Torch's own default type, in which examples train."""
+    torch.set_default_dtype(torch.float32)

@@ -1,10 +1,8 @@
 """`examples.benchmarks.memory`: what torch allocates, and how much of it natural gradients keep."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import pyro
 import pytest
 import torch
 from torch.profiler import record_function
@@ -15,17 +13,7 @@ from examples.benchmarks.overhead import QUICK, Problem, problems
 from models.helmholtz import Helmholtz
 from pyronat.shared import SharedUnits
 
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float32)
-    pyro.clear_param_store()
-    yield
-    pyro.clear_param_store()
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(dtype)
+pytestmark = pytest.mark.usefixtures("single_precision")
 
 
 def test_every_byte_is_counted() -> None:

@@ -1,7 +1,6 @@
 """`examples.benchmarks.overhead`: costs in steps of Adam are ratios of what was timed."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyro
@@ -11,16 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from examples.benchmarks import overhead
 
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    pyro.clear_param_store()
-    yield
-    pyro.clear_param_store()
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(dtype)
+pytestmark = pytest.mark.usefixtures("single_precision")
 
 
 def test_the_quick_version_measures_every_method(

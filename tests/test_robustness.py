@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +17,7 @@ from examples.benchmarks import robustness
 from pyronat import NaturalSVI
 from pyronat.steps import KLTrustRegion
 
-
-@pytest.fixture(autouse=True)
-def _single_precision() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_default_dtype(torch.float32)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("single_precision")
 
 
 def run(path: Path, *arguments: str) -> tuple[int, dict[str, list[dict[str, object]]]]:

@@ -1,25 +1,14 @@
 """`examples.benchmarks.scaling`: exponents are slopes of what was timed."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import pyro
 import pytest
-import torch
 
 from examples.benchmarks import scaling
 from examples.benchmarks.scaling import AXES, Axis, Result
 
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    yield
-    pyro.clear_param_store()
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(dtype)
+pytestmark = pytest.mark.usefixtures("single_precision")
 
 
 def test_exponents_of_power_laws() -> None:

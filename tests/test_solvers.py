@@ -1,7 +1,6 @@
 """`examples.benchmarks.solvers`: errors are against exact solutions, found in another way here."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,7 @@ from examples.benchmarks.solvers import KINDS, QUICK, SPREAD, make_layer
 EXACT = {"unit", "dense", "dual", "cg"}
 
 
-@pytest.fixture(autouse=True)
-def _single_precision() -> Iterator[None]:
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(dtype)
+pytestmark = pytest.mark.usefixtures("single_precision")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,25 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
-import pyro
 import pytest
-import torch
 
 from examples.benchmarks import time_to_target
 from examples.benchmarks.time_to_target import best, compare, reached
 from examples.zoo import Run
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    yield
-    pyro.clear_param_store()
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(dtype)
 
 
 def run(values: list[float], rate: float = 0.1, seed: int = 0, cost: float = 0.5) -> Run:

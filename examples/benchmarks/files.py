@@ -1,5 +1,6 @@
-"""Files of measurements, each with the machine that they were made on."""
+"""What benchmarks share: their options, and files of measurements with the machine behind them."""
 
+import argparse
 import json
 import os
 import platform
@@ -9,6 +10,22 @@ from typing import Any
 import torch
 
 CPU_INFO = Path("/proc/cpuinfo")
+
+
+def parser(description: str, small: str) -> argparse.ArgumentParser:
+    """A parser of the options that every benchmark has.
+
+    Args:
+        description: What it measures.
+        small: What `--quick` makes of it.
+
+    Returns:
+        The parser, to which others can be added.
+    """
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--quick", action="store_true", help=small)
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+    return made
 
 
 def write(path: Path, **measured: Any) -> None:

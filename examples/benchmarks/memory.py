@@ -14,7 +14,6 @@ Run it as `python -m examples.benchmarks.memory`, or with `--quick` for small pr
 table, and writes the numbers to a file if `--json` names one.
 """
 
-import argparse
 import gc
 import json
 import tempfile
@@ -180,9 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command line arguments; by default those of the process.
     """
-    parser = argparse.ArgumentParser(description="Memory of natural gradients in that of Adam.")
-    parser.add_argument("--quick", action="store_true", help="small programs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+    parser = files.parser("Memory of natural gradients in that of Adam.", "small programs")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     results = run(options.quick)

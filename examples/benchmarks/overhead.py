@@ -16,12 +16,10 @@ Run it as `python -m examples.benchmarks.overhead`, or with `--quick` for small 
 a table, and writes the numbers to a file if `--json` names one.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -246,9 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command line arguments; by default those of the process.
     """
-    parser = argparse.ArgumentParser(description="Costs of natural steps in steps of Adam.")
-    parser.add_argument("--quick", action="store_true", help="small programs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+    parser = files.parser("Costs of natural steps in steps of Adam.", "small programs")
     options = parser.parse_args(arguments)
     settings = QUICK if options.quick else FULL
     torch.set_num_threads(1)

@@ -17,13 +17,11 @@ Run it as `python -m examples.benchmarks.scaling`, or with `--quick` for small s
 tables, and writes the numbers to a file if `--json` names one.
 """
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from pyro.infer import Trace_ELBO
@@ -172,9 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command line arguments; by default those of the process.
     """
-    parser = argparse.ArgumentParser(description="Growth of the cost of a natural step.")
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+    parser = files.parser("Growth of the cost of a natural step.", "small sizes")
     parser.add_argument("--turns", type=int, default=5, help="turns of 20 steps, without the first")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

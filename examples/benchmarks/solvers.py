@@ -23,13 +23,11 @@ Run it as `python -m examples.benchmarks.solvers`, or with `--quick` for small s
 table, and writes the numbers to a file if `--json` names one.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -359,9 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command line arguments; by default those of the process.
     """
-    parser = argparse.ArgumentParser(description="Cost and error of solvers of a layer.")
-    parser.add_argument("--quick", action="store_true", help="small shapes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+    parser = files.parser("Cost and error of solvers of a layer.", "small shapes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     results = run(QUICK if options.quick else SHAPES, REPEATS)

@@ -11,14 +11,12 @@ a table, and writes the numbers to a file if `--json` names one. The exit status
 is wrong.
 """
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -225,9 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 if all structures are right, else 1.
     """
-    parser = argparse.ArgumentParser(description="Measures the analysis of two large programs.")
-    parser.add_argument("--quick", action="store_true", help="small programs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+    parser = files.parser("Measures the analysis of two large programs.", "small programs")
     options = parser.parse_args(arguments)
     settings = QUICK if options.quick else FULL
 

@@ -13,12 +13,10 @@ Run it as `python -m examples.benchmarks.time_to_target`, or with `--quick` for 
 prints a table, and writes the numbers to a file if `--json` names one.
 """
 
-import argparse
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
@@ -180,9 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Command line arguments; by default those of the process.
     """
     known = tuple(programs())
-    parser = argparse.ArgumentParser(description="Time until Adam's final loss.")
-    parser.add_argument("--quick", action="store_true", help="short runs of one program, two rates")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+    parser = files.parser("Time until Adam's final loss.", "short runs of one program, two rates")
     parser.add_argument("--programs", nargs="+", choices=known, metavar="NAME", default=PROGRAMS)
     parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each method")
     options = parser.parse_args(arguments)

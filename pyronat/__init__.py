@@ -1,7 +1,5 @@
 """pyronat: natural gradients for probabilistic programs in Pyro."""
 
-import logging
-
 from pyronat import steps, testing
 from pyronat.analysis import analyze
 from pyronat.blocks import ParamBlock
@@ -38,5 +36,3 @@ __all__ = [
     "streaming",
     "testing",
 ]
-
-logging.getLogger("pyronat").addHandler(logging.NullHandler())

@@ -19,6 +19,8 @@ from pyronat.partition import IRREGULAR, UNREACHED
 SHOWN = 5
 """Names that are listed."""
 
+logging.getLogger("pyronat").addHandler(logging.NullHandler())
+
 log = logging.getLogger(__name__)
 
 

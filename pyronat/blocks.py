@@ -94,7 +94,8 @@ class ParamBlock:
               what couples layers;
             - "kfac": the same without the correction;
             - "dual": rows of Jacobians, solved with in the space of samples;
-            - "cg": the same, solved with by conjugate gradients, without any matrix;
+            - "cg": the same, solved with by conjugate gradients, without any matrix; or linear
+              units by their inputs and weights, whose matrices are not formed either;
             - "diagonal": the diagonal alone.
         count: number of units.
         size: number of entries in each.

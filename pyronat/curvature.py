@@ -11,29 +11,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import combinations_with_replacement
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyronat.blocks import Structure
+from pyronat.conjugate_gradients import IterativeUnits
 from pyronat.factored import operator_from
 from pyronat.families import Group
 from pyronat.operators import BlockMatrix, BlockOperator, Diagonal, lerp
 from pyronat.records import SiteRecord
 from pyronat.shared import SharedUnits
 from pyronat.tables import TableRows
+from pyronat.unit_rows import UnitRows, gram
 from pyronat.weights import joined_dims, spread_weights, without_copies
-
-_CHUNK_ELEMENTS = 2**22
-"""Elements of the temporary that a Gram matrix is summed from."""
-
-_STRIPS = 6
-"""Strips that a Gram matrix is formed in, those on one side of its diagonal."""
-
-_NARROWEST = 32
-"""Columns of a strip, below which strips cost more than they save."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +153,7 @@ class UnitFactor(Factor):
         places: row of the inputs behind each of those rows, or None where all are repeated in turn.
         jacobian: ∂θ/∂(entries) `[batch * coordinates, units, size]`, or None for linear units; with
             a table `[rows * coordinates, units, size]`.
-        diagonal: whether the diagonal of the matrices is wanted alone.
-        shared: whether linear units are held in one basis.
+        structure: how the units are held.
         repeated: batch dimensions along which the Jacobian has one row for all.
         table: which row of a table each element has, or None.
     """
@@ -174,8 +166,7 @@ class UnitFactor(Factor):
     slope: Tensor | None = None
     places: Tensor | None = None
     jacobian: Tensor | None = None
-    diagonal: bool = False
-    shared: bool = False
+    structure: Structure = "unit"
     repeated: tuple[int, ...] = ()
     table: TableRows | None = None
 
@@ -212,12 +203,8 @@ class UnitFactor(Factor):
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
         summed = self.by_input(weighted)
         operator: BlockOperator | None = None
-        if with_matrix and self.diagonal:
-            operator = Diagonal(summed.mT @ inputs.square())
-        elif with_matrix and self.shared:
-            operator = SharedUnits(summed, inputs)
-        elif with_matrix:
-            operator = BlockMatrix(gram(summed, inputs))
+        if with_matrix:
+            operator = _linear_units(self.structure, summed, inputs)
         return Curvature(
             operator,
             leverage=reference * (share @ (inputs**2).sum(1)),
@@ -255,7 +242,7 @@ class UnitFactor(Factor):
         sums = jacobian.abs().sum(-1)
         norms = roots * (sums if self.table is None else sums[:, self.table.numbers])
         operator: BlockOperator | None = None
-        if with_matrix and self.diagonal:
+        if with_matrix and self.structure == "diagonal":
             operator = Diagonal((jacobian * weighted).sum((1, 2)))
         elif with_matrix:
             operator = BlockMatrix(jacobian.flatten(1, 2).mT @ weighted.flatten(1, 2))
@@ -277,6 +264,17 @@ class UnitFactor(Factor):
         return total.index_add_(0, self.table.numbers, values)
 
 
+def _linear_units(structure: Structure, weights: Tensor, inputs: Tensor) -> BlockOperator:
+    """Σ_n w_nu a_n a_nᵀ for every unit u, for `[rows, units]` and `[rows, size]`."""
+    if structure == "diagonal":
+        return Diagonal(weights.mT @ inputs.square())
+    if structure == "shared":
+        return SharedUnits(UnitRows(weights, inputs))
+    if structure == "cg":
+        return IterativeUnits(UnitRows(weights, inputs))
+    return BlockMatrix(gram(weights, inputs))
+
+
 def largest_eigenvalue_bound(matrices: Tensor) -> Tensor:
     """max_i Σ_j |M_ij| `[*]` of matrices `[*, size, size]`, not below any eigenvalue.
 
@@ -284,50 +282,6 @@ def largest_eigenvalue_bound(matrices: Tensor) -> Tensor:
     moves θ by J Jᵀ ∂log p/∂θ. Coordinates that share no parameter do not add up.
     """
     return matrices.abs().sum(-1).amax(-1)
-
-
-def gram(weights: Tensor, inputs: Tensor) -> Tensor:
-    """Σ_n w_nu a_n a_nᵀ for every unit u, of which half the products are formed.
-
-    Args:
-        weights: `[rows, units]`.
-        inputs: `[rows, fan_in]`.
-
-    Returns:
-        `[units, fan_in, fan_in]`, symmetric.
-    """
-    size, units = inputs.shape[1], weights.shape[1]
-    width = max(-(-size // _STRIPS), _NARROWEST)
-    strips = [(slice(at, at + width), inputs[:, at : at + width]) for at in range(0, size, width)]
-    if len(strips) == 1:
-        return _weighted_products(weights, inputs, inputs)
-    found: Tensor = inputs.new_empty(units, size, size)
-    for (rows, first), (columns, second) in combinations_with_replacement(strips, 2):
-        part = _weighted_products(weights, first, second)
-        found[:, rows, columns] = part
-        found[:, columns, rows] = part.mT
-    return found
-
-
-def _weighted_products(weights: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Σ_n w_nu a_n b_nᵀ, summed over chunks of rows.
-
-    Args:
-        weights: `[rows, units]`.
-        first: a `[rows, m]`.
-        second: b `[rows, n]`.
-
-    Returns:
-        `[units, m, n]`.
-    """
-    shape = (first.shape[1], second.shape[1])
-    chunk = max(_CHUNK_ELEMENTS // max(prod(shape), 1), 1)
-    total: Tensor = first.new_zeros(weights.shape[1], prod(shape))
-    for some, a, b in zip(
-        weights.split(chunk), first.split(chunk), second.split(chunk), strict=True
-    ):
-        total.addmm_(some.mT, (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1))
-    return total.reshape(len(total), *shape)
 
 
 def total_curvature(

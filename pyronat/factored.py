@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -10,13 +10,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pyronat.errors import NotPositiveDefinite
+from pyronat.conjugate_gradients import IterativeUnits, conjugate_gradients
 from pyronat.kronecker import Kronecker
 from pyronat.operators import BlockMatrix, BlockOperator, Diagonal, Solver, cholesky
 from pyronat.shared import SharedUnits
-
-MAX_ITERATIONS = 1000
-"""Of conjugate gradients."""
+from pyronat.unit_rows import UnitRows
 
 
 @dataclass(frozen=True)
@@ -307,7 +305,7 @@ class IterativeSolver(Solver):
         return 1 / (self.rows.diagonal() + self.damping)
 
     def solve(self, vectors: Tensor) -> Tensor:
-        """The solution for `[1, size]`, to a relative residual of ε^¾ of the type.
+        """The solution for `[1, size]`, to a relative error of about ε^¾ of the type.
 
         Args:
             vectors: right-hand side `[1, size]`.
@@ -318,34 +316,30 @@ class IterativeSolver(Solver):
         Raises:
             NotPositiveDefinite: if it has not converged after `MAX_ITERATIONS`.
         """
-        right = vectors[0]
-        target = torch.finfo(right.dtype).eps ** 0.75 * right.norm()
-        found, residual = torch.zeros_like(right), right
-        direction = preconditioned = residual * self._inverse_diagonal
-        energy = residual @ preconditioned
-        for _ in range(MAX_ITERATIONS):
-            if bool(residual.norm() <= target):
-                return found.unsqueeze(0)
-            product = self.rows.backward(self.rows.forward(direction)) + self.damping * direction
-            length = energy / (direction @ product)
-            found, residual = found + length * direction, residual - length * product
-            preconditioned = residual * self._inverse_diagonal
-            before, energy = energy, residual @ preconditioned
-            direction = preconditioned + energy / before * direction
-        raise NotPositiveDefinite(
-            f"conjugate gradients have not converged in {MAX_ITERATIONS} iterations; raise the "
-            "damping, or choose the structure 'dual'"
+        return conjugate_gradients(
+            lambda x: self.rows.mv(x) + self.damping * x,
+            lambda r: r * self._inverse_diagonal,
+            vectors,
+            torch.finfo(vectors.dtype).eps ** 0.75,
         )
+
+
+_OF_UNITS: dict[str, Callable[[UnitRows], BlockOperator]] = {
+    "SharedUnits": SharedUnits,
+    "IterativeUnits": IterativeUnits,
+}
 
 
 def operator_from(state: dict[str, Any]) -> BlockOperator:
     """The operator of a `state`."""
     content = {key: value for key, value in state.items() if key != "form"}
+    if state["form"] in _OF_UNITS:
+        return _OF_UNITS[state["form"]](UnitRows(**content))
     if state["form"] == "Rows":
         content["pieces"] = tuple(_piece(**piece) for piece in content["pieces"])
     if content.get("rows") is not None:
         content["rows"] = tuple(content["rows"])
-    forms = {form.__name__: form for form in (BlockMatrix, Diagonal, Kronecker, Rows, SharedUnits)}
+    forms = {form.__name__: form for form in (BlockMatrix, Diagonal, Kronecker, Rows)}
     return forms[state["form"]](**content)
 
 

@@ -157,11 +157,7 @@ def _factors(seen: _Seen) -> Iterator[Factor]:
         The factors.
     """
     joint = [b for b in seen.blocks if b.structure in FACTORED]
-    rows = [
-        b
-        for b in seen.blocks
-        if b.structure in {"dual", "cg"} or (b.structure == "diagonal" and b.count == 1)
-    ]
+    rows = [b for b in seen.blocks if b.count == 1 and b.structure in {"dual", "cg", "diagonal"}]
     single = [b for b in seen.blocks if b not in joint and b not in rows]
     if single:
         yield from _unit_factors(seen, single)
@@ -237,8 +233,7 @@ def _unit_factor(seen: _Seen, block: ParamBlock) -> UnitFactor:
         seen.record,
         seen.group,
         block.count,
-        diagonal=block.structure == "diagonal",
-        shared=block.structure == "shared",
+        structure=block.structure,
     )
 
 

@@ -197,7 +197,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         """What is large is measured less often, unless the user has said how often."""
         blocks = [b for s in self.sides.values() if s.natural for b in s.plan.blocks.values()]
         networks = any(block.network for block in blocks)
-        large = networks or any(block.structure == "shared" for block in blocks)
+        large = networks or any(block.structure in {"shared", "cg"} for block in blocks)
         if large and self._curvature is None and self.rule is None:
             dear = networks or isinstance(self.geometry, Visible)
             self.curvature = RARER if dear else RARE

@@ -145,15 +145,16 @@ def _chosen(block: ParamBlock, structures: Mapping[str, Structure]) -> ParamBloc
             f"the block of {block.name} holds no layer of a network that is recognized, so it has "
             f"no Kronecker factors; choose 'dual' or 'diagonal' instead of {structure!r}"
         )
-    if structure == "shared" and not (block.structure == "unit" and all(block.linear)):
+    linear = block.structure == "unit" and all(block.linear)
+    if structure == "shared" and not linear:
         raise UnsupportedStructure(
             f"the block of {block.name} does not fall into linear units, only those can share a "
             "basis; leave it as it is, or choose 'kronecker' or 'dual' for a network"
         )
-    if structure in {"dual", "cg"} and not joint:
+    if not joint and (structure == "dual" or (structure == "cg" and not linear)):
         raise UnsupportedStructure(
             f"the block of {block.name} falls into {block.count} units, each with a matrix of its "
-            f"own; {structure!r} is for joint blocks of a network"
+            "own; 'dual' is for joint blocks of a network, 'cg' for those and for linear units"
         )
     exact = structure == "dense" and UNKNOWN_FAMILY not in {group for _, group in block.factors}
     simulated = any(group == SCORE for _, group in block.factors)

@@ -2,61 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyronat.errors import NotPositiveDefinite
-from pyronat.operators import JITTERS, BlockOperator, Solver
-
-MAX_ROWS = 4
-"""Rows that are kept, in multiples of the size of a unit, before an average is compressed."""
+from pyronat.operators import BlockOperator, Solver
+from pyronat.unit_rows import UnitRows
 
 
 @dataclass(frozen=True)
 class SharedUnits(BlockOperator):
     """G_u ≈ V diag(e_u) Vᵀ for every unit u of a layer, with one orthogonal V for all.
 
-    Linear units of one layer see the same inputs a, G_u = Σ_n w_nu a_n a_nᵀ, and differ in their
-    weights alone. V holds the eigenvectors of Σ_u G_u, and e_uj = v_jᵀ G_u v_j = Σ_n w_nu (v_jᵀ
-    a_n)² is the best diagonal in that basis (George et al. 2018). Traces and Σ_u G_u are kept, and
-    nothing is approximated where the units' weights are proportional to each other. It takes
-    rows · size · (size + units) operations, the units themselves rows · size² · units.
+    V holds the eigenvectors of Σ_u G_u, and e_uj = v_jᵀ G_u v_j is the best diagonal in that basis
+    (George et al. 2018). Traces and Σ_u G_u are kept, and nothing is approximated where the units'
+    weights are proportional to each other. It takes rows · size · (size + units) operations, the
+    units themselves rows · size² · units.
 
     Attributes:
-        weights: w, not negative `[rows, units]`.
-        inputs: a `[rows, size]`.
-        compressed: whether the inputs are Vᵀ and the weights eᵀ.
+        rows: what the G_u are sums of.
     """
 
-    weights: Tensor
-    inputs: Tensor
-    compressed: bool = False
+    rows: UnitRows
 
-    @cached_property
+    @property
     def basis(self) -> Tensor:
-        """V `[size, size]`, in the type of the inputs.
+        """V `[size, size]`."""
+        return self.rows.basis
 
-        Raises:
-            NotPositiveDefinite: if the sum over units is not finite.
-        """
-        if self.compressed:
-            return self.inputs.mT
-        total = (self.inputs * self.weights.sum(1, keepdim=True)).mT @ self.inputs
-        if not bool(torch.isfinite(total.sum())):
-            raise NotPositiveDefinite("a curvature block is not finite")
-        vectors: Tensor = torch.linalg.eigh(total.to(torch.float64)).eigenvectors
-        return vectors.to(self.inputs.dtype)
-
-    @cached_property
+    @property
     def values(self) -> Tensor:
         """Diagonals e `[units, size]`."""
-        if self.compressed:
-            return self.weights.mT
-        return self.weights.mT @ (self.inputs @ self.basis).square()
+        return self.rows.values
 
     def mv(self, vectors: Tensor) -> Tensor:
         """V diag(e_u) Vᵀ x for `[units, size]`."""
@@ -72,7 +51,7 @@ class SharedUnits(BlockOperator):
 
     def mean_diagonal(self) -> Tensor:
         """Mean of the diagonal of each G_u, without approximation `[units]`."""
-        return self.weights.mT @ self.inputs.square().mean(1)
+        return self.rows.mean_diagonal()
 
     def factor(self, damping: Tensor) -> SharedSolver:
         """V diag(e + damping) Vᵀ, with jitter of 1e-7 of the mean diagonal where that is missing.
@@ -83,8 +62,7 @@ class SharedUnits(BlockOperator):
         Returns:
             The solver.
         """
-        least = JITTERS[1] * self.mean_diagonal()
-        jitter = (least - damping).clamp_min(0)
+        jitter = self.rows.jitter(damping)
         values = self.values + (damping + jitter).unsqueeze(1)
         tiny = torch.finfo(values.dtype).tiny
         reciprocals = torch.where(values > tiny, 1 / values.clamp_min(tiny), 0.0)
@@ -92,31 +70,23 @@ class SharedUnits(BlockOperator):
 
     def __add__(self, other: SharedUnits) -> SharedUnits:
         """The rows of both."""
-        return SharedUnits(
-            torch.cat([self.weights, other.weights]), torch.cat([self.inputs, other.inputs])
-        )
+        return SharedUnits(self.rows + other.rows)
 
     def lerp(self, other: SharedUnits, share: float) -> SharedUnits:
         """The rows of both, weighted; those of this are compressed where they are many."""
-        return self.compact()._scaled(1 - share) + other._scaled(share)
-
-    def _scaled(self, share: float) -> SharedUnits:
-        return replace(self, weights=self.weights * share)
+        return SharedUnits(self.rows.compact().scaled(1 - share) + other.rows.scaled(share))
 
     def compact(self) -> SharedUnits:
         """The same as one row for each column of the basis, with weights e, where rows are many."""
-        if len(self.inputs) <= MAX_ROWS * self.inputs.shape[1]:
-            return self
-        return SharedUnits(self.values.mT, self.basis.mT, compressed=True)
+        return SharedUnits(self.rows.compact())
 
     def zeros(self) -> SharedUnits:
         """Without rows."""
-        return SharedUnits(self.weights[:0], self.inputs[:0])
+        return SharedUnits(self.rows.empty())
 
     def state(self) -> dict[str, Any]:
         """Plain tensors; what follows from them is computed again."""
-        own = {"weights": self.weights, "inputs": self.inputs, "compressed": self.compressed}
-        return {"form": "SharedUnits", **own}
+        return {"form": "SharedUnits", **self.rows.state()}
 
 
 @dataclass(frozen=True)

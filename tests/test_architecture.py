@@ -21,7 +21,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"rates", "rejection", "drawing"}),
     frozenset({"blocks", "lattices", "autograd", "operators", "steps", "guards"})
     | {"closed_forms", "wrappers"},
-    frozenset({"shared", "kronecker"}),
+    frozenset({"unit_rows", "kronecker"}),
+    frozenset({"shared"}),
+    frozenset({"conjugate_gradients"}),
     frozenset({"graph", "operations", "entries", "records", "geometry", "spectrum"})
     | {"joint_forms", "layers", "factored", "weights", "tables", "averaging"},
     frozenset({"index_rules", "families"}),

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyronat
-from pyronat import curvature as curvatures
 from pyronat import plans as module
-from pyronat import testing
+from pyronat import testing, unit_rows
 from pyronat.blocks import UnitAxes
-from pyronat.curvature import Curvature, gram, mix, total_curvature
+from pyronat.curvature import Curvature, mix, total_curvature
 from pyronat.errors import BlockTooLarge, StructureChanged, UnsupportedDistribution
 from pyronat.expectation import dream_curvature, exact_curvature
 from pyronat.graph import BayesNet
@@ -30,6 +29,7 @@ from pyronat.operators import BlockMatrix
 from pyronat.plans import Plan, make_plan
 from pyronat.programs import KnownProgram, UnknownStructure, know, with_all_branches
 from pyronat.tracing import Run, dream, params_of, records_of
+from pyronat.unit_rows import gram
 from pyronat.weights import spread_weights
 
 EXACT = 1e-12
@@ -303,9 +303,9 @@ def test_gram_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, inputs = torch.rand(7, 2), torch.randn(7, 3)
     expected = torch.einsum("nu,ni,nj->uij", weights, inputs, inputs)
     torch.testing.assert_close(gram(weights, inputs), expected)
-    monkeypatch.setattr(curvatures, "_CHUNK_ELEMENTS", 18)
+    monkeypatch.setattr(unit_rows, "_CHUNK_ELEMENTS", 18)
     torch.testing.assert_close(gram(weights, inputs), expected)
-    monkeypatch.setattr(curvatures, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(unit_rows, "_CHUNK_ELEMENTS", 1)
     torch.testing.assert_close(gram(weights, inputs), expected)
     assert gram(weights[:0], inputs[:0]).abs().max() == 0
 

@@ -16,22 +16,22 @@ from torch import Tensor
 import pyronat
 from models.helmholtz import Helmholtz
 from pyronat import planning
-from pyronat.curvature import gram
 from pyronat.errors import NotPositiveDefinite, UnsupportedStructure
 from pyronat.factored import operator_from
 from pyronat.operators import BlockMatrix, Whitener
-from pyronat.shared import MAX_ROWS, SharedUnits
+from pyronat.shared import SharedUnits
+from pyronat.unit_rows import MAX_ROWS, UnitRows, gram
 from tests.states import parameters, same
 
 UNITS, SIZE = 4, 3
 
 
 def random_units(rows: int = 7) -> SharedUnits:
-    return SharedUnits(torch.rand(rows, UNITS), torch.randn(rows, SIZE))
+    return SharedUnits(UnitRows(torch.rand(rows, UNITS), torch.randn(rows, SIZE)))
 
 
 def exact(shared: SharedUnits) -> Tensor:
-    return gram(shared.weights, shared.inputs)
+    return gram(shared.rows.weights, shared.rows.inputs)
 
 
 def test_traces_and_the_sum_over_units_are_kept() -> None:
@@ -46,13 +46,13 @@ def test_traces_and_the_sum_over_units_are_kept() -> None:
 
 def test_proportional_weights_lose_nothing() -> None:
     weights = torch.rand(7, 1) * torch.rand(UNITS)
-    shared = SharedUnits(weights, torch.randn(7, SIZE))
+    shared = SharedUnits(UnitRows(weights, torch.randn(7, SIZE)))
     torch.testing.assert_close(shared.dense(), exact(shared))
 
 
 def test_orthogonal_inputs_lose_nothing() -> None:
     inputs = torch.linalg.qr(torch.randn(SIZE, SIZE)).Q
-    shared = SharedUnits(torch.rand(SIZE, UNITS), inputs)
+    shared = SharedUnits(UnitRows(torch.rand(SIZE, UNITS), inputs))
     torch.testing.assert_close(shared.dense(), exact(shared))
 
 
@@ -92,7 +92,7 @@ def test_a_root_of_the_damped_matrices() -> None:
 
 
 def test_singular_units_get_jitter_and_unknown_ones_stay() -> None:
-    shared = SharedUnits(torch.tensor([[1.0, 0.0]]), torch.randn(1, SIZE))
+    shared = SharedUnits(UnitRows(torch.tensor([[1.0, 0.0]]), torch.randn(1, SIZE)))
     factor = shared.factor(torch.zeros(2))
     largest = float(shared.mean_diagonal().max())
     assert factor.jitter == pytest.approx(1e-7 * largest)
@@ -102,7 +102,7 @@ def test_singular_units_get_jitter_and_unknown_ones_stay() -> None:
 
 def test_what_is_not_finite_is_refused() -> None:
     shared = random_units()
-    shared.inputs[0, 0] = torch.nan
+    shared.rows.inputs[0, 0] = torch.nan
     with pytest.raises(NotPositiveDefinite, match="not finite"):
         shared.factor(torch.ones(UNITS))
 
@@ -119,25 +119,25 @@ def test_sums_and_averages() -> None:
 def test_many_rows_are_compressed_without_a_change() -> None:
     many, one = random_units(MAX_ROWS * SIZE + 1), random_units(1)
     mixed = many.lerp(one, 0.0)
-    assert len(mixed.inputs) == SIZE + 1
+    assert len(mixed.rows.inputs) == SIZE + 1
     torch.testing.assert_close(mixed.dense(), many.dense())
     few = random_units(MAX_ROWS * SIZE).lerp(one, 0.5)
-    assert len(few.inputs) == MAX_ROWS * SIZE + 1
+    assert len(few.rows.inputs) == MAX_ROWS * SIZE + 1
 
 
 def test_a_compact_operator_keeps_its_eigenvectors_alone() -> None:
     many = random_units(MAX_ROWS * SIZE + 1)
     compact = many.compact()
-    for found in (compact.basis, compact.inputs):
+    for found in (compact.basis, compact.rows.inputs):
         assert found.untyped_storage().data_ptr() == many.basis.untyped_storage().data_ptr()
-    for found in (compact.values, compact.weights):
+    for found in (compact.values, compact.rows.weights):
         assert found.untyped_storage().data_ptr() == many.values.untyped_storage().data_ptr()
-    assert torch.equal(compact.values, many.values) and compact.compact() is compact
+    assert torch.equal(compact.values, many.values) and compact.compact().rows is compact.rows
     few = random_units(MAX_ROWS * SIZE)
-    assert few.compact() is few, "rows are worth more than their eigenvectors"
+    assert few.compact().rows is few.rows, "rows are worth more than their eigenvectors"
     grown = compact.lerp(few, 0.5)
-    assert not grown.compressed and len(grown.inputs) == (MAX_ROWS + 1) * SIZE
-    assert torch.equal((compact + few.zeros()).weights, compact.weights)
+    assert not grown.rows.compressed and len(grown.rows.inputs) == (MAX_ROWS + 1) * SIZE
+    assert torch.equal((compact + few.zeros()).rows.weights, compact.rows.weights)
 
 
 def test_a_long_average_keeps_traces_and_sum() -> None:
@@ -146,7 +146,7 @@ def test_a_long_average_keeps_traces_and_sum() -> None:
     for _ in range(30):
         new = random_units(20)
         average, reference = average.lerp(new, 0.2), 0.8 * reference + 0.2 * exact(new)
-    assert len(average.inputs) <= MAX_ROWS * SIZE + 20
+    assert len(average.rows.inputs) <= MAX_ROWS * SIZE + 20
     torch.testing.assert_close(average.dense().sum(0), reference.sum(0))
     torch.testing.assert_close(average.mean_diagonal(), reference.diagonal(dim1=1, dim2=2).mean(1))
 

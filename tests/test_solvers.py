@@ -9,8 +9,8 @@ import torch
 from examples.benchmarks import solvers
 from examples.benchmarks.solvers import KINDS, QUICK, SPREAD, make_layer
 
-EXACT = {"unit", "dense", "dual", "cg"}
-
+EXACT = {"units": {"unit"}, "joint": {"dense", "dual", "cg"}}
+NEARLY = {"units": {"cg"}, "joint": set()}
 
 pytestmark = pytest.mark.usefixtures("single_precision")
 
@@ -37,8 +37,10 @@ def test_solutions_and_products(kind: str, phase: str) -> None:
     assert system.error(torch.zeros_like(right)) == pytest.approx(1)
     assert system.error(1.1 * expected) == pytest.approx(0.1)
     found = {name: system.error(system.factored(name)()) for name in system.held}
-    assert EXACT & found.keys() and all(found[name] < 1e-4 for name in EXACT & found.keys())
-    assert all(found[name] > 1e-3 for name in found.keys() - EXACT), "an error is seen"
+    exact, nearly = EXACT[kind], NEARLY[kind]
+    assert all(found[name] < 1e-4 for name in exact)
+    assert all(found[name] < 0.1 for name in nearly)
+    assert all(found[name] > 1e-3 for name in found.keys() - exact - nearly), "an error is seen"
 
 
 def test_late_layers_are_saturated() -> None:
@@ -53,10 +55,11 @@ def test_the_quick_version_measures_every_solver(
     file = tmp_path / "new" / "solvers.json"
     solvers.main(["--quick", "--json", str(file)])
     results = json.loads(file.read_text())["results"]
-    assert len(results) == 2 * (3 + 6)
+    assert len(results) == 2 * (4 + 6)
     for result in results:
         assert min(result["pairs"], result["solve"], result["relative"]) > 0
-        assert (result["error"] < 1e-4) == (result["structure"] in EXACT)
+        if result["structure"] not in NEARLY[result["kind"]]:
+            assert (result["error"] < 1e-4) == (result["structure"] in EXACT[result["kind"]])
     assert capsys.readouterr().out.count("\n| ") == 1 + len(results)
 
 

@@ -4,7 +4,7 @@ A layer has n data with inputs a of size d, and H units. Two kinds of blocks are
 default damping and with gradients of other data, in float32 on one thread:
 
 * units: (Σ_n w_nu a_n a_nᵀ + λ_u) x_u = g_u for every unit u of a Bernoulli layer by itself, held
-  by matrices ("unit"), in one basis ("shared") or by diagonals;
+  by matrices ("unit"), as rows ("cg"), in one basis ("shared") or by diagonals;
 * joint: (Σ_n r_n r_nᵀ + λ) x = g with r_n = δ_n ⊗ a_n, a layer of a network in which δ flows back,
   held as a matrix ("dense"), as rows ("dual", "cg"), in Kronecker factors or by its diagonal.
 
@@ -35,12 +35,13 @@ from torch import Tensor
 
 from examples.benchmarks import files
 from examples.comparison import markdown
-from pyronat.curvature import gram
+from pyronat.conjugate_gradients import IterativeUnits
 from pyronat.factored import Outer, Rows
 from pyronat.kronecker import Kronecker
 from pyronat.operators import BlockMatrix, BlockOperator, Diagonal
 from pyronat.shared import SharedUnits
 from pyronat.steps import LeverageDamping
+from pyronat.unit_rows import UnitRows, gram
 
 RATE = 0.1
 """The default one, which damping depends on."""
@@ -177,7 +178,8 @@ def units(layer: Layer) -> System:
         lambda: naive(inputs, weights, damping, gradient),
         {
             "unit": lambda: BlockMatrix(gram(weights, inputs)),
-            "shared": lambda: SharedUnits(weights, inputs),
+            "cg": lambda: IterativeUnits(UnitRows(weights, inputs)),
+            "shared": lambda: SharedUnits(UnitRows(weights, inputs)),
             "diagonal": lambda: Diagonal(weights.mT @ inputs.square()),
         },
         {},

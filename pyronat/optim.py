@@ -52,6 +52,7 @@ _REQUIRED = dict.fromkeys(
     "step_count seed caution sides moments motions others averages watch last".split()
 )
 
+OFTEN = RunningAverage(longest=20)
 RARE = RunningAverage(refresh=20)
 RARER = RunningAverage(refresh=20, longest=80)
 """When curvature is measured with layers in one basis, and where that is dear."""
@@ -74,9 +75,10 @@ class NaturalGradient(pyro.optim.PyroOptim):
         damping: rule for λ, or `steps.LevenbergMarquardt()` for exact losses on whole data sets.
         trust_region: bound on the divergence of a step.
         curvature: how curvature is averaged over steps and how often it is measured. By default
-            every 5 steps, every 20 where there are wide layers or networks; for these, and for the
-            visible geometry of wide layers, rarer as training lasts, up to every 80; at every step
-            and without the past where `steps.LevenbergMarquardt` adapts a number.
+            every 5 steps, from step 100 on every 10 and from step 200 on every 20. Where there are
+            wide layers, every 20; with networks, and in the visible geometry of wide layers, every
+            40 from step 400 on, every 80 from step 800 on. At every step and without the past where
+            `steps.LevenbergMarquardt` adapts a number.
         others: a Pyro optimizer for all parameters without a metric. By default those of a
             Euclidean side take steps of `steps.ReachScaledAdam`; those without a Fisher
             information, or in a dense block too large to measure, of Adam with rate 1e-3.
@@ -124,7 +126,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         self.last: Before | None = None
         self.adaptation = adaptation(self.geometry, self.damping, self.lr, self.clip)
         self.carry = Carry(self.adaptation.momentum(momentum), self.adaptation.shrinkage(shrinkage))
-        whole = RunningAverage() if self.rule is None else RunningAverage(0.0, 1)
+        whole = OFTEN if self.rule is None else RunningAverage(0.0, 1)
         self._curvature = curvature
         self.curvature = curvature or whole
         self.others = others

@@ -6,6 +6,7 @@ No Pyro message leaves this module.
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.util import get_rng_state, set_rng_seed, set_rng_state
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from torch.distributions import transform_to
 from torch.distributions.constraints import real
@@ -253,8 +254,20 @@ def repeatable() -> Generator[Callable[[], None], None, None]:
 
 
 def set_seed(seed: int) -> None:
-    """Seeds the generators of torch, numpy and Python."""
-    set_rng_seed(seed)
+    """Seeds the generators of torch, numpy and Python, those of devices in use alone.
+
+    For devices that are not in use `torch.manual_seed` notes the seed with the whole call stack,
+    which takes as long as a small network.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    # Python and numpy have the same generator.
+    twister, (*keys, position) = random.Random(seed).getstate(), random.Random(~seed).getstate()[1]
+    set_rng_state({
+        "torch": torch.Generator("cpu").manual_seed(seed).get_state(),
+        "random": twister,
+        "numpy": ("MT19937", keys, position),
+    })
 
 
 def run_constant(
@@ -447,7 +460,7 @@ def own_random_numbers(seed: int) -> Generator[None, None, None]:
     """Runs on random numbers of its own, so that the caller's streams are not disturbed."""
     state = get_rng_state()
     with torch.random.fork_rng():
-        set_rng_seed(seed)
+        set_seed(seed)
         try:
             yield
         finally:

@@ -24,7 +24,7 @@ _STRIPS = 6
 """Strips that a Gram matrix is formed in, those on one side of its diagonal."""
 
 _NARROWEST = 32
-"""Columns of a strip, below which strips cost more than they save."""
+"""Columns of a strip, on average, below which strips cost more than they save."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def gram(weights: Tensor, inputs: Tensor) -> Tensor:
         `[units, fan_in, fan_in]`, symmetric.
     """
     size, units = inputs.shape[1], weights.shape[1]
-    width = max(-(-size // _STRIPS), _NARROWEST)
+    width = -(-size // max(min(size // _NARROWEST, _STRIPS), 1))
     strips = [(slice(at, at + width), inputs[:, at : at + width]) for at in range(0, size, width)]
     if len(strips) == 1:
         return _weighted_products(weights, inputs, inputs)

@@ -10,7 +10,7 @@ import math
 import sys
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,10 @@ def _train(options: argparse.Namespace, recipe: Recipe, settings: Settings) -> i
     print(f"{recipe.program.name}: {loss}, {data} data, {settings.geometry} geometry")
     print(f"steps: {optim.step_count}" + (f", {found.done} before" if found.done else ""))
     print(f"loss: {before:.5g} at the start, {after:.5g} now (nats per datum, {judged}, all data)")
+    averaged = found.svi.averaged if settings.averaging else nullcontext
+    if settings.averaging:
+        with averaged():
+            print(f"averaged: {evaluate(recipe, settings):.5g}")
     if found.undone:
         print("the last step was taken back: things were better before")
     if found.infos:
@@ -230,7 +234,8 @@ def _train(options: argparse.Namespace, recipe: Recipe, settings: Settings) -> i
     if options.samples is not None:
         from pyronat import plot
 
-        panels = {one.name: one.panels for one in predictions(recipe, options.seed)}
+        with averaged():
+            panels = {one.name: one.panels for one in predictions(recipe, options.seed)}
         plot.samples(panels, options.samples, title=recipe.program.name)
     if found.interrupted and files.checkpoint is not None:
         print("interrupted; --resume goes on from the checkpoint", file=sys.stderr)
@@ -305,8 +310,9 @@ def _check_folders(parser: argparse.ArgumentParser, *paths: Path | None) -> None
 
 def _check_files(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuses options that exclude each other, and files that would be lost."""
-    if options.compare and (options.checkpoint or options.resume or options.samples):
-        parser.error("--compare trains several times, and keeps neither checkpoint nor samples")
+    one = (options.checkpoint, options.resume, options.samples, options.average)
+    if options.compare and any(one):
+        parser.error("--compare trains several times: no checkpoint, no samples, no average")
     if options.resume and options.checkpoint is None:
         parser.error("--resume goes on from the file of --checkpoint, which is missing")
     paths = (options.checkpoint, options.metrics, options.plot, options.samples)
@@ -368,6 +374,7 @@ def _settings(options: argparse.Namespace, recipe: Recipe) -> Settings:
         batch_size=size,
         particles=options.particles,
         seed=options.seed,
+        averaging=options.average,
     )
     per_epoch = Batches(recipe.program, size, options.seed).per_epoch
     steps = options.steps or math.ceil((options.epochs or 0) * per_epoch) or 200

@@ -19,7 +19,7 @@ from pyronat.optim import NaturalGradient
 from pyronat.progress import progress, words_of
 from pyronat.recipes import LossName, Recipe, recipe_of
 from pyronat.reports import JSONLines, StepInfo
-from pyronat.steps import Constant, LinearDecay, Schedule
+from pyronat.steps import Constant, LinearDecay, PolyakRuppert, Schedule
 
 EVALUATION_PARTICLES = 10
 """Guide draws of an evaluation."""
@@ -42,6 +42,7 @@ class Settings:
         batch_size: data for each step, or None for all of them.
         particles: guide draws for each step, or None for the usual number.
         seed: of data, initial values, order of the data and all samples.
+        averaging: whether an average of the iterates is kept.
     """
 
     steps: int
@@ -53,6 +54,7 @@ class Settings:
     batch_size: int | None = None
     particles: int | None = None
     seed: int = 0
+    averaging: bool = False
 
     def schedule(self, lr: float) -> Schedule:
         """The learning rate over the steps.
@@ -164,6 +166,7 @@ def natural(
         recipe.geometry(geometry, settings.mixing),
         None if of_guide is None else recipe.geometry(of_guide),
         seed=settings.seed,
+        averaging=PolyakRuppert() if settings.averaging else None,
     )
     loss = recipe.loss(settings.particles)
     return NaturalSVI(recipe.program.model, recipe.guide, optim, loss, callbacks)

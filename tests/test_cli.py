@@ -106,6 +106,23 @@ def test_train(program, capsys, tmp_path):
     assert ("ESS" in err) == (loss == "ReweightedWakeSleep")
 
 
+def test_an_average_is_kept_judged_and_resumed(capsys, tmp_path):
+    checkpoint = tmp_path / "run.pt"
+    options = ("train", COUNTS, "--steps", 12, "--average", "--quiet", "--checkpoint", checkpoint)
+    code, out, _ = run(capsys, *options, "--samples", tmp_path / "samples.png")
+    assert code == 0 and (tmp_path / "samples.png").stat().st_size > 5000
+    _, last = losses(out)
+    (line,) = [line for line in out.splitlines() if line.startswith("averaged: ")]
+    averaged = float(line.removeprefix("averaged: "))
+    assert averaged != last, "it lags behind"
+    _, again, _ = run(capsys, *options, "--resume")
+    assert line in again and losses(again)[1] == last, "without a step"
+    _, plain, _ = run(capsys, "train", COUNTS, "--steps", 12, "--quiet")
+    assert losses(plain)[1] == last and "averaged" not in plain
+    code, _, err = run(capsys, "train", COUNTS, "--average", "--compare", "full")
+    assert code == 2 and "no average" in err
+
+
 def test_what_is_chosen_is_said(capsys):
     _, _, err = run(capsys, "train", COUNTS, "--steps", 1)
     assert "empty one" in err and "not marked to be: kind" in err

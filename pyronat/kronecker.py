@@ -30,8 +30,11 @@ after 900 steps on binarized digits its loss is not lower.
 _SPARE = 16
 """Columns that a subspace has beyond those that are kept."""
 
-_ROUNDS = 2
-"""Products with a factor that turn random columns towards its leading eigenvectors."""
+_ROUNDS = 1
+"""Products with a factor that turn random columns towards its leading eigenvectors.
+
+With two the same autoencoder is 0.3 nats worse after 600 steps.
+"""
 
 _CHUNK_ELEMENTS = 2**22
 """Elements of the temporary that moments are summed from."""

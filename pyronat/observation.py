@@ -45,7 +45,7 @@ MAX_ROWS = 1024
 MAX_COLUMNS = 16
 """Coordinates of a datum up to which Kronecker factors take each by itself."""
 
-MIXTURES = 2
+MIXTURES = 1
 """Random mixtures of a datum's coordinates that Kronecker factors take otherwise."""
 
 ROUNDING = 0.25

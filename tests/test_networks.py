@@ -790,7 +790,7 @@ def test_networks_are_measured_less_often() -> None:
     x, y = torch.randn(5, 4), torch.ones(5, 2)
     asked = pyronat.steps.RunningAverage(0.5, 3)
     for model, given, *periods in [
-        (units, None, 5, None),
+        (units, None, 5, 20),
         (network, None, 20, 80),
         (network, asked, 3, None),
     ]:

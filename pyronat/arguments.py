@@ -133,20 +133,11 @@ def _add_train(commands: Any, command: Command) -> None:
     add("--particles", type=positive, metavar="N", help="guide draws for each step")
     add("--lr", type=rate, default=0.3, metavar="RATE", help="at the first step (0.3)")
     add("--schedule", choices=("linear", "constant"), default="linear", help="of the rate (linear)")
-    add(
-        "--average",
-        action="store_true",
-        help="keep an average over the steps; it is judged, and --samples draws from it",
-    )
+    add("--average", action="store_true", help="keep an average over the steps, and judge it")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, metavar="N", help="number of steps (200)")
     length.add_argument("--epochs", type=rate, metavar="N", help="or how often to see all data")
-    add(
-        "--batch-size",
-        type=positive,
-        metavar="N",
-        help="data for each step; by default all",
-    )
+    add("--batch-size", type=positive, metavar="N", help="data for each step; by default all")
     _add_files(parser)
     group = parser.add_argument_group("comparison")
     names = ",".join(METHODS)

@@ -24,10 +24,7 @@ def test_the_quick_version_measures_every_method(
     assert found == [*sbn, *sbn, ("VAE", "full")]
     for result in report["results"]:
         assert result["measuring"] > result["plain"] > 0
-        assert result["plain"] < result["late"] <= result["early"] < result["measuring"]
-    *others, autoencoder = report["results"]
-    assert autoencoder["late"] < autoencoder["early"], "measurements get rarer"
-    assert all(result["late"] == result["early"] for result in others)
+        assert result["plain"] < result["late"] < result["early"] < result["measuring"]
     printed = capsys.readouterr().out
     assert printed.count("\n| ") == 6 and str(file) in printed
 

@@ -55,7 +55,14 @@ _REQUIRED = dict.fromkeys(
 OFTEN = RunningAverage(longest=20)
 RARE = RunningAverage(refresh=20)
 RARER = RunningAverage(refresh=20, longest=80)
-"""When curvature is measured with layers in one basis, and where that is dear."""
+"""When curvature is measured: usually, of large blocks, and where that is dear."""
+
+LARGE = 2**19
+"""Entries of the matrices of a block above which it is measured less often.
+
+The full covariance guide of a regression on 31 features, 992² entries, ends lower with half as many
+seconds if it is measured every 20 steps and not every 5.
+"""
 
 
 class NaturalGradient(pyro.optim.PyroOptim):
@@ -76,9 +83,9 @@ class NaturalGradient(pyro.optim.PyroOptim):
         trust_region: bound on the divergence of a step.
         curvature: how curvature is averaged over steps and how often it is measured. By default
             every 5 steps, from step 100 on every 10 and from step 200 on every 20. Where there are
-            wide layers, every 20; with networks, and in the visible geometry of wide layers, every
-            40 from step 400 on, every 80 from step 800 on. At every step and without the past where
-            `steps.LevenbergMarquardt` adapts a number.
+            large blocks, as wide layers are, every 20; with networks, and in the visible geometry
+            of large blocks, every 40 from step 400 on, every 80 from step 800 on. At every step and
+            without the past where `steps.LevenbergMarquardt` adapts a number.
         others: a Pyro optimizer for all parameters without a metric. By default those of a
             Euclidean side take steps of `steps.ReachScaledAdam`; those without a Fisher
             information, or in a dense block too large to measure, of Adam with rate 1e-3.
@@ -199,7 +206,9 @@ class NaturalGradient(pyro.optim.PyroOptim):
         """What is large is measured less often, unless the user has said how often."""
         blocks = [b for s in self.sides.values() if s.natural for b in s.plan.blocks.values()]
         networks = any(block.network for block in blocks)
-        large = networks or any(block.structure in {"shared", "cg"} for block in blocks)
+        large = networks or any(
+            block.structure in {"shared", "cg"} or block.matrix_entries > LARGE for block in blocks
+        )
         if large and self._curvature is None and self.rule is None:
             dear = networks or isinstance(self.geometry, Visible)
             self.curvature = RARER if dear else RARE

@@ -15,6 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 import pyronat
+import pyronat.optim as optimizers
 from pyronat import (
     Full,
     NaturalGradient,
@@ -774,7 +775,7 @@ def test_the_bound_of_networks_grows_with_wide_data(width: int) -> None:
     assert svi.info.kl == pytest.approx(50 * 0.003 * max(width / 64, 1))
 
 
-def test_networks_are_measured_less_often() -> None:
+def test_what_is_large_is_measured_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     def units(x: Tensor, y: Tensor) -> None:
         weight = pyro.param("weight", torch.zeros(2, 4))
         with pyro.plate("data", len(x)):
@@ -789,11 +790,13 @@ def test_networks_are_measured_less_often() -> None:
 
     x, y = torch.randn(5, 4), torch.ones(5, 2)
     asked = pyronat.steps.RunningAverage(0.5, 3)
-    for model, given, *periods in [
-        (units, None, 5, 20),
-        (network, None, 20, 80),
-        (network, asked, 3, None),
+    for model, given, entries, *periods in [
+        (units, None, 2 * 4**2, 5, 20),
+        (units, None, 2 * 4**2 - 1, 20, None),
+        (network, None, 10**6, 20, 80),
+        (network, asked, 10**6, 3, None),
     ]:
+        monkeypatch.setattr(optimizers, "LARGE", entries)
         optim = NaturalGradient(curvature=given)
         NaturalSVI(model, lambda x, y: None, optim).step(x, y)
         assert [optim.curvature.refresh, optim.curvature.longest] == periods

@@ -61,7 +61,8 @@ class Full(Geometry):
             "dual", "cg" or "diagonal". By default a joint block of up to 2048 entries is dense, a
             larger one is held in Kronecker factors of its layers, or by rows where it has none. In
             training, linear units whose matrices would have more than 2²⁰ entries are "shared";
-            "dense" keeps the matrices.
+            "dense" keeps the matrices, "cg" solves with them to a tenth of their norm and forms
+            none.
     """
 
     expectation: Expectation = "pooled"

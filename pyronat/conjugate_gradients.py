@@ -128,8 +128,7 @@ class IterativeUnits(BlockOperator):
 
     def lerp(self, other: IterativeUnits, share: float) -> IterativeUnits:
         """The rows of both, weighted; those of this are `compact` where they are many."""
-        rows = self.compact().rows.scaled(1 - share)
-        return IterativeUnits(rows + other.rows.scaled(share))
+        return IterativeUnits(self.compact().rows.lerp(other.rows, share))
 
     def compact(self) -> IterativeUnits:
         """Of many rows the newest as they are, the older ones in a basis of their own."""

@@ -25,7 +25,7 @@ from pyronat.operators import BlockMatrix, BlockOperator, Diagonal, lerp
 from pyronat.records import SiteRecord
 from pyronat.shared import SharedUnits
 from pyronat.tables import TableRows
-from pyronat.unit_rows import UnitRows, gram
+from pyronat.unit_rows import UnitRows
 from pyronat.weights import joined_dims, spread_weights, without_copies
 
 
@@ -266,13 +266,14 @@ class UnitFactor(Factor):
 
 def _linear_units(structure: Structure, weights: Tensor, inputs: Tensor) -> BlockOperator:
     """Σ_n w_nu a_n a_nᵀ for every unit u, for `[rows, units]` and `[rows, size]`."""
+    rows = UnitRows(weights, inputs)
     if structure == "diagonal":
         return Diagonal(weights.mT @ inputs.square())
     if structure == "shared":
-        return SharedUnits(UnitRows(weights, inputs))
+        return SharedUnits(rows)
     if structure == "cg":
-        return IterativeUnits(UnitRows(weights, inputs))
-    return BlockMatrix(gram(weights, inputs))
+        return IterativeUnits(rows)
+    return BlockMatrix(rows.gram())
 
 
 def largest_eigenvalue_bound(matrices: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class SharedUnits(BlockOperator):
 
     def lerp(self, other: SharedUnits, share: float) -> SharedUnits:
         """The rows of both, weighted; those of this are compressed where they are many."""
-        return SharedUnits(self.rows.compact().scaled(1 - share) + other.rows.scaled(share))
+        return SharedUnits(self.rows.compact().lerp(other.rows, share))
 
     def compact(self) -> SharedUnits:
         """The same as one row for each column of the basis, with weights e, where rows are many."""

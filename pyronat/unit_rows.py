@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations_with_replacement
 from math import prod
@@ -82,9 +82,10 @@ class UnitRows:
         weights = torch.cat([self.weights, other.weights])
         return UnitRows(weights, torch.cat([self.inputs, other.inputs]))
 
-    def scaled(self, share: float) -> UnitRows:
-        """The share of G."""
-        return replace(self, weights=self.weights * share)
+    def lerp(self, other: UnitRows, share: float) -> UnitRows:
+        """The rows of both, those of this weighted by 1 − share, those of the other by `share`."""
+        weights = torch.cat([self.weights * (1 - share), other.weights * share])
+        return UnitRows(weights, torch.cat([self.inputs, other.inputs]))
 
     def empty(self) -> UnitRows:
         """Without rows."""

@@ -484,25 +484,43 @@ def vector_jacobian_products(
     given = [cotangent for cotangent, keep in zip(cotangents, attached, strict=True) if keep]
     if not some or not inputs:
         return [None] * len(inputs)
-    found: Sequence[Tensor | None]
-    with gate.closed(), warnings.catch_warnings():
+    with gate.closed():
+        found = _products_at_once(some, inputs, given) if len(given[0]) > 1 else None
+        found = found or _products_in_turn(some, inputs, given)
+    return [None if part is None else part.detach() for part in found]
+
+
+def _products_at_once(
+    outputs: Sequence[Any], inputs: Sequence[Any], cotangents: Sequence[Tensor]
+) -> Sequence[Tensor | None] | None:
+    """Products of all cotangents in one batched pass, None where a function has no batched form."""
+    with warnings.catch_warnings():
         # Of the time that operations without a batching rule take.
         warnings.filterwarnings("ignore", "There is a performance drop")
         try:
-            found = torch.autograd.grad(
-                some, inputs, given, is_grads_batched=True, retain_graph=True, allow_unused=True
+            return torch.autograd.grad(
+                outputs,
+                inputs,
+                cotangents,
+                is_grads_batched=True,
+                retain_graph=True,
+                allow_unused=True,
             )
         except RuntimeError:
-            # Some custom functions cannot be batched.
-            each = [
-                torch.autograd.grad(some, inputs, row, retain_graph=True, allow_unused=True)
-                for row in zip(*given, strict=True)
-            ]
-            found = [
-                None if parts[0] is None else torch.stack(parts)
-                for parts in zip(*each, strict=True)
-            ]
-    return [None if part is None else part.detach() for part in found]
+            return None
+
+
+def _products_in_turn(
+    outputs: Sequence[Any], inputs: Sequence[Any], cotangents: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """Products of one cotangent after the other."""
+    each = [
+        torch.autograd.grad(outputs, inputs, row, retain_graph=True, allow_unused=True)
+        for row in zip(*cotangents, strict=True)
+    ]
+    if len(each) == 1:
+        return [None if part is None else part.unsqueeze(0) for part in each[0]]
+    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True)]
 
 
 def _jacobian_by_columns(flat: Tensor, params: Sequence[Tensor], size: int) -> Tensor:

@@ -171,7 +171,9 @@ def _signs(like: Tensor) -> Tensor:
 def mixed_columns(data: Data, group: Group, root: Tensor, count: int) -> Cotangents:
     """L ε / √count with random signs ε, other ones for each datum: E[LεεᵀLᵀ] = F."""
     signs = _signs(root.new_empty(count, *root.shape[:3]))
-    values = (root @ signs.unsqueeze(-1)).squeeze(-1) / count**0.5
+    # One coordinate is most frequent, and products of 1 × 1 matrices take their time.
+    mixed = root[..., 0] * signs if root.shape[-1] == 1 else (root @ signs.unsqueeze(-1))[..., 0]
+    values = mixed / count**0.5
     return Cotangents(data, values, group)
 
 

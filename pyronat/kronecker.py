@@ -359,11 +359,12 @@ class KroneckerSolver(Solver):
             if missing[1]:
                 core = core + shares.of_left * (self.left.mT @ vectors)
             return self.left @ core
-        outer = self.left @ core + shares.of_right * outer
+        outer = (self.left @ core).addcmul_(shares.of_right, outer)
         if not missing[1]:
             return outer @ self.right.mT
-        found = shares.both * vectors + outer @ self.right.mT
-        return found + self.left @ (shares.of_left * (self.left.mT @ vectors))
+        found = (outer @ self.right.mT).addcmul_(vectors, shares.both)
+        inner = shares.of_left * (self.left.mT @ vectors)
+        return found.addmm_(self.left, inner) if found.dim() == 2 else found.add_(self.left @ inner)
 
     def quadratic(self, vectors: Tensor) -> Tensor:
         """⟨X, G X⟩ for `[units, fan_in]`, a 0-d tensor."""

@@ -36,8 +36,12 @@ With four times as many, a sigmoid belief network with layers of 784, 200 and 20
 after 600 and after 2,000 steps on binarized digits.
 """
 
-_MAX_DOUBLE = 2**22
-"""Numbers in the rows or the matrix of a district that are taken to float64."""
+_MAX_DOUBLE = 2**18
+"""Numbers in the rows of a district up to which they are taken to float64.
+
+Of rows that are not, only the eigenvalues of their Gram matrix are found in float64: what rounding
+does to directions of small eigenvalues, these keep from steps.
+"""
 
 _NEGLIGIBLE = 1e-6
 """Missing information, as a share of the whole, that is taken for none."""
@@ -219,11 +223,12 @@ def spectrum(
         damping: what was added to their diagonals before, `[count]`; nothing by default.
 
     Returns:
-        The spectrum, in float64; in the type of the rows for very wide districts.
+        The spectrum, in float64; in the type of the factors for wide districts.
     """
     if average.matrix is not None:
         half = _whitened(average.matrix, factors)
-        values, directions = torch.linalg.eigh(_symmetric(_whitened(half.mT, factors)))
+        inner = _symmetric(_whitened(half.mT, factors).double())
+        values, directions = torch.linalg.eigh(inner)
         missing = values if average.kind == "missing" else 1 - values
         if average.kind != "observed":
             missing = missing.clamp(0, 1)
@@ -232,6 +237,7 @@ def spectrum(
     else:
         assert average.rows is not None
         white = _whitened(average.rows, factors)
+        white = white if white.numel() > _MAX_DOUBLE else white.double()
         gram = white @ white.mT
         values, vectors = torch.linalg.eigh(_symmetric(gram).double())
         width = average.rows.shape[1]
@@ -254,17 +260,16 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def _whitened(rows: Tensor, factors: Mapping[str, Whitener]) -> Tensor:
-    """R L⁻ᵀ of rows `[rows, width]`, in float64 unless there are very many."""
+    """R L⁻ᵀ of rows `[rows, width]`, in the type of L."""
     shapes = [factor.shape for factor in factors.values()]
     parts = rows.split([shape.numel() for shape in shapes], 1)
-    white = torch.cat(
+    return torch.cat(
         [
             factor.whiten(part.unflatten(1, shape)).flatten(1)
             for factor, shape, part in zip(factors.values(), shapes, parts, strict=True)
         ],
         1,
     )
-    return white if rows.numel() > _MAX_DOUBLE else white.double()
 
 
 def _signal_share(squares: Tensor, values: Tensor, width: int, num_dreams: float) -> float:

@@ -676,6 +676,9 @@ class ReachScaledAdam:
         first = torch.lerp(state.first, gradient, 1 - first_decay)
         second = state.second * second_decay
         second.addcmul_(gradient, gradient, value=1 - second_decay)
-        root = second.sqrt().div_(math.sqrt(1 - second_decay**steps)).add_(self.eps)
-        rate = -self.logits_per_lr * lr / (1 - first_decay**steps)
-        return torch.div(first, root).mul_(inverse_reach).mul_(rate), Moments(first, second, steps)
+        # Both biases in one factor, for fewer passes through memory.
+        bias = math.sqrt(1 - second_decay**steps)
+        root = second.sqrt().add_(self.eps * bias)
+        rate = -self.logits_per_lr * lr * bias / (1 - first_decay**steps)
+        change = torch.addcdiv(first.new_zeros(()), first, root, value=rate)
+        return change.mul_(inverse_reach), Moments(first, second, steps)

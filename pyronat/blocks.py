@@ -60,6 +60,17 @@ FACTORED = frozenset({"kronecker", "kfac"})
 MAX_DENSE_SIZE = 2048
 """Largest number of entries of a joint block that is held as a matrix by default."""
 
+COMPLETE = 128
+"""Size of a matrix up to which all of its eigenvectors are taken."""
+
+LEADING = 32
+"""Leading eigenvectors that are taken of a larger one.
+
+On binarized digits a variational autoencoder with layers of 784, 400 and 20 units is no better with
+64 after 900 steps, nor a sigmoid belief network with layers of 784, 200 and 200 units after 3,000
+with all 201.
+"""
+
 
 @dataclass(frozen=True)
 class LayerAxes:
@@ -151,7 +162,7 @@ class ParamBlock:
         if self.structure in FACTORED:
             return sum(a * a + b * b for a, b in self.layer_sizes())
         if self.structure == "shared":
-            return self.num_entries + self.size**2
+            return (self.count + self.size) * num_eigenvectors(self.size)
         return self.num_entries if not self.explicit else self.count * self.size**2
 
     @property
@@ -160,7 +171,7 @@ class ParamBlock:
         if self.structure in FACTORED:
             return sum(a**3 + b**3 for a, b in self.layer_sizes()) / 3
         if self.structure == "shared":
-            return float(self.size**3)
+            return float(self.size**2 * num_eigenvectors(self.size))
         return self.num_entries if not self.explicit else self.count * self.size**3 / 3
 
     def layer_sizes(self) -> list[tuple[int, int]]:
@@ -171,6 +182,11 @@ class ParamBlock:
             units = shape_of[layer.params[0]][layer.axes[0]]
             sizes.append((sum(prod(shape_of[name]) for name in layer.params) // units, units))
         return sizes
+
+
+def num_eigenvectors(size: int) -> int:
+    """Eigenvectors that are taken of a matrix: all of a small one, leading ones of a large one."""
+    return size if size <= COMPLETE else LEADING
 
 
 def numel(shape: tuple[int, ...]) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyronat.errors import NotPositiveDefinite
-from pyronat.operators import BlockOperator, Solver
+from pyronat.operators import BlockOperator, Solver, inner
 from pyronat.shared import SharedSolver, SharedUnits
 from pyronat.unit_rows import MAX_ROWS, UnitRows
 
@@ -94,11 +94,12 @@ class IterativeUnits(BlockOperator):
     def mv(self, vectors: Tensor) -> Tensor:
         """G_u x for `[units, size]`."""
         inputs = self.rows.inputs
-        return ((inputs @ vectors.mT) * self.rows.weights).mT @ inputs
+        products = ((inputs @ vectors.mT) * self.rows.weights).mT @ inputs
+        return self.rows.plus_rest(products, vectors)
 
     def quadratic(self, vectors: Tensor) -> Tensor:
-        """Σ_nu w_nu (a_nᵀ x_u)² for `[units, size]`, a 0-d tensor."""
-        return ((self.rows.inputs @ vectors.mT).square() * self.rows.weights).sum()
+        """Σ_u x_uᵀ G_u x_u for `[units, size]`, a 0-d tensor."""
+        return inner(vectors, self.mv(vectors))
 
     def dense(self) -> Tensor:
         """The matrices `[units, size, size]`."""

@@ -17,8 +17,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pyronat.autograd import SampleGate, vector_jacobian_products
+from pyronat.autograd import SampleGate
 from pyronat.families import Group
+from pyronat.jacobians import vector_jacobian_products
 from pyronat.layers import Layer, flow_back
 from pyronat.records import SiteRecord
 from pyronat.weights import joined_dims, spread_weights, without_copies

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyronat.autograd import SampleGate, vector_jacobian_products
+from pyronat.autograd import SampleGate
 from pyronat.blocks import ParamBlock
 from pyronat.curvature import Curvature, Factor, largest_eigenvalue_bound
 from pyronat.datum_rows import Data
 from pyronat.families import Group
+from pyronat.jacobians import vector_jacobian_products
 from pyronat.operators import BlockMatrix, BlockOperator, Diagonal, Layout
 from pyronat.records import SiteRecord
 from pyronat.weights import spread_weights

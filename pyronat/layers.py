@@ -27,10 +27,10 @@ from pyronat.autograd import (
     SampleGate,
     edge_of,
     shape_of,
-    vector_jacobian_products,
     walk,
     weight_leaf,
 )
+from pyronat.jacobians import vector_jacobian_products
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pyronat.autograd import LinearUnits, SampleGate, jacobian, leaves, linear_units
+from pyronat.autograd import LinearUnits, SampleGate, leaves, linear_units
 from pyronat.blocks import FACTORED, ParamBlock
 from pyronat.curvature import Factor, UnitFactor
 from pyronat.datum_rows import (
@@ -31,6 +31,7 @@ from pyronat.elements import ElementFactor, slopes_of, unit_jacobian
 from pyronat.errors import StructureChanged
 from pyronat.factored import Explicit, Piece
 from pyronat.families import Group
+from pyronat.jacobians import jacobian
 from pyronat.layers import Layer, find_layers
 from pyronat.network_factors import LayerFactor, RowsFactor, piece_of
 from pyronat.plans import Plan

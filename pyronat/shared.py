@@ -18,8 +18,10 @@ class SharedUnits(BlockOperator):
 
     V holds the eigenvectors of Σ_u G_u, and e_uj = v_jᵀ G_u v_j is the best diagonal in that basis
     (George et al. 2018). Traces and Σ_u G_u are kept, and nothing is approximated where the units'
-    weights are proportional to each other. It takes rows · size · (size + units) operations, the
-    units themselves rows · size² · units.
+    weights are proportional to each other. Of units with more than `blocks.COMPLETE` entries the
+    leading eigenvectors are taken; what is orthogonal to them has one mean eigenvalue for each
+    unit, so that traces are kept. It takes rows · size · (size + units) operations, the units
+    themselves rows · size² · units.
 
     Attributes:
         rows: what the G_u are sums of.
@@ -29,25 +31,31 @@ class SharedUnits(BlockOperator):
 
     @property
     def basis(self) -> Tensor:
-        """V `[size, size]`."""
+        """V `[size, rank]`."""
         return self.rows.basis
 
     @property
     def values(self) -> Tensor:
-        """Diagonals e `[units, size]`."""
+        """Diagonals e `[units, rank]`, and what is orthogonal to V where it is not complete."""
         return self.rows.values
 
     def mv(self, vectors: Tensor) -> Tensor:
-        """V diag(e_u) Vᵀ x for `[units, size]`."""
-        return ((vectors @ self.basis) * self.values) @ self.basis.mT
+        """G_u x for `[units, size]`."""
+        return in_basis(self.basis, self.values, vectors)
 
     def quadratic(self, vectors: Tensor) -> Tensor:
-        """Σ_u e_uᵀ (Vᵀ x_u)² for `[units, size]`, a 0-d tensor."""
-        return ((vectors @ self.basis).square() * self.values).sum()
+        """Σ_u x_uᵀ G_u x_u for `[units, size]`, a 0-d tensor."""
+        squares = (vectors @ self.basis).square()
+        if self.basis.shape[1] == len(self.basis):
+            return (squares * self.values).sum()
+        inside, rest = self.values[:, :-1] - self.values[:, -1:], self.values[:, -1]
+        return (squares * inside).sum() + vectors.square().sum(1) @ rest
 
     def dense(self) -> Tensor:
         """The matrices `[units, size, size]`."""
-        return (self.basis * self.values.unsqueeze(1)) @ self.basis.mT
+        eye = torch.eye(len(self.basis), dtype=self.basis.dtype, device=self.basis.device)
+        columns = eye.unsqueeze(1).expand(-1, len(self.values), -1)
+        return in_basis(self.basis, self.values, columns).movedim(0, 2)
 
     def mean_diagonal(self) -> Tensor:
         """Mean of the diagonal of each G_u, without approximation `[units]`."""
@@ -77,7 +85,7 @@ class SharedUnits(BlockOperator):
         return SharedUnits(self.rows.compact().lerp(other.rows, share))
 
     def compact(self) -> SharedUnits:
-        """The same as one row for each column of the basis, with weights e, where rows are many."""
+        """The same with one row for each column of the basis, where rows are many."""
         return SharedUnits(self.rows.compact())
 
     def zeros(self) -> SharedUnits:
@@ -91,11 +99,12 @@ class SharedUnits(BlockOperator):
 
 @dataclass(frozen=True)
 class SharedSolver(Solver):
-    """V diag(values) Vᵀ for every unit; L = V diag(√values).
+    """V diag(values) Vᵀ for every unit, and what is orthogonal to V where V is not complete.
 
     Attributes:
-        basis: V `[size, size]`.
-        reciprocals: of the damped eigenvalues `[units, size]`; 0 where nothing is known of a unit.
+        basis: V `[size, rank]`.
+        reciprocals: of the damped eigenvalues `[units, rank]`, with one more column where V is not
+            complete; 0 where nothing is known of a unit.
         jitter: largest diagonal added beyond the damping.
     """
 
@@ -106,22 +115,36 @@ class SharedSolver(Solver):
     @property
     def shape(self) -> torch.Size:
         """(units, size)."""
-        return self.reciprocals.shape
+        return torch.Size((len(self.reciprocals), len(self.basis)))
 
     def solve(self, vectors: Tensor) -> Tensor:
-        """V diag(1 / values) Vᵀ x for `[units, size]`; 0 for units of which nothing is known."""
-        inner = self._times(vectors, self.basis).mul_(self.reciprocals)
-        return self._times(inner, self.basis.mT).to(vectors.dtype)
+        """The solution for `[units, size]`; 0 for units of which nothing is known."""
+        return in_basis(self.basis, self.reciprocals, vectors).to(vectors.dtype)
 
     def whiten(self, vectors: Tensor) -> Tensor:
-        """diag(values)^−½ Vᵀ x for `[*rows, units, size]`; 0 where nothing is known of a unit."""
-        return self._times(vectors, self.basis).mul_(self.reciprocals.sqrt())
+        """L⁻¹ x for `[*rows, units, size]`, L the symmetric root; 0 for units that are unknown."""
+        return in_basis(self.basis, self.reciprocals.sqrt(), vectors)
 
     def unwhiten(self, vectors: Tensor) -> Tensor:
-        """V diag(values)^−½ x for `[*rows, units, size]`; 0 where nothing is known of a unit."""
-        return self._times(vectors.to(self.basis) * self.reciprocals.sqrt(), self.basis.mT)
+        """L⁻ᵀ x for `[*rows, units, size]`, the same."""
+        return self.whiten(vectors)
 
-    def _times(self, vectors: Tensor, matrix: Tensor) -> Tensor:
-        """X M, as one product of matrices however many dimensions there are."""
-        flat = vectors.to(self.basis).reshape(-1, len(matrix))
-        return (flat @ matrix).reshape(vectors.shape)
+
+def in_basis(basis: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+    """[V diag(e_u) Vᵀ + r_u (1 − V Vᵀ)] x_u for every unit u, as two products of matrices.
+
+    Args:
+        basis: V, orthonormal `[size, rank]`.
+        values: e `[units, rank]`, with r as one more column where V is not complete.
+        vectors: x `[*rows, units, size]`.
+
+    Returns:
+        `[*rows, units, size]`, in the type of the basis.
+    """
+    size, rank = basis.shape
+    vectors = vectors.to(basis)
+    inside = (vectors.reshape(-1, size) @ basis).reshape(*vectors.shape[:-1], rank)
+    rest = values[:, rank:]
+    inside *= values[:, :rank] - rest if rank < size else values
+    found = (inside.reshape(-1, rank) @ basis.mT).reshape(vectors.shape)
+    return found.addcmul_(vectors, rest) if rank < size else found

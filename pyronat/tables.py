@@ -20,11 +20,10 @@ from torch.autograd.graph import GradientEdge
 from pyronat.autograd import (
     Edge,
     SampleGate,
-    jacobian,
     picked_places,
     shape_of,
-    vector_jacobian_products,
 )
+from pyronat.jacobians import jacobian, vector_jacobian_products
 
 FEW = 4
 """A row is differentiated by itself where it has at least so many elements on average."""

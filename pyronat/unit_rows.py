@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations_with_replacement
 from math import prod
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyronat.errors import NotPositiveDefinite
-from pyronat.operators import JITTERS, is_finite
+from pyronat.eigenvectors import leading
+from pyronat.operators import JITTERS
 
 MAX_ROWS = 4
 """Rows that are kept, in multiples of the size of a unit, before an average is compressed."""
@@ -29,49 +29,74 @@ _NARROWEST = 32
 
 @dataclass(frozen=True)
 class UnitRows:
-    """G_u = Σ_n w_nu a_n a_nᵀ for every unit u of a layer, as rows a_n with weights w_n.
+    """G_u = Σ_n w_nu a_n a_nᵀ + r_u I for every unit u of a layer, as rows a_n with weights w_n.
 
-    Linear units of one layer see the same inputs a and differ in their weights alone.
+    Linear units of one layer see the same inputs a and differ in their weights alone. Fresh rows
+    have no rest r; what has been compressed has the mean of the eigenvalues that were let go of.
 
     Attributes:
-        weights: w, not negative `[rows, units]`.
+        weights: w `[rows, units]`; of compressed rows they may be negative, the G_u are not.
         inputs: a `[rows, size]`.
-        compressed: whether the inputs are Vᵀ and the weights eᵀ of `basis` and `values`.
+        rest: r `[units]`, or None for 0.
+        compressed: whether the inputs are Vᵀ of `basis`.
     """
 
     weights: Tensor
     inputs: Tensor
+    rest: Tensor | None = None
     compressed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Entries of a unit."""
+        return self.inputs.shape[1]
 
     @cached_property
     def basis(self) -> Tensor:
-        """V `[size, size]`, the eigenvectors of Σ_u G_u, in the type of the inputs.
+        """V `[size, rank]`, the eigenvectors of Σ_u G_u that `leading` takes.
 
         Raises:
             NotPositiveDefinite: if the sum over units is not finite.
         """
         if self.compressed:
             return self.inputs.mT
-        total = (self.inputs * self.weights.sum(1, keepdim=True)).mT @ self.inputs
-        if not is_finite(total):
-            raise NotPositiveDefinite("a curvature block is not finite")
-        vectors: Tensor = torch.linalg.eigh(total.to(torch.float64)).eigenvectors
-        return vectors.to(self.inputs.dtype)
+        summed = (self.inputs * self.weights.sum(1, keepdim=True)).mT @ self.inputs
+        return leading(summed).vectors
 
     @cached_property
     def values(self) -> Tensor:
-        """e_uj = v_jᵀ G_u v_j = Σ_n w_nu (v_jᵀ a_n)² `[units, size]`."""
+        """e_uj = v_jᵀ G_u v_j `[units, rank]`, not negative.
+
+        Where V is not complete, one more column: the mean over what is orthogonal to it, so that
+        the trace of each G_u is kept.
+        """
         if self.compressed:
-            return self.weights.mT
-        return self.weights.mT @ (self.inputs @ self.basis).square()
+            inside = self.weights.mT
+        else:
+            inside = self.weights.mT @ (self.inputs @ self.basis).square()
+        if self.rest is not None:
+            inside = inside + self.rest.unsqueeze(1)
+        missing = self.size - self.basis.shape[1]
+        if not missing:
+            return inside.clamp_min(0) if self.rest is not None else inside
+        outside = (self.size * self.mean_diagonal() - inside.sum(1)) / missing
+        return torch.cat([inside, outside.unsqueeze(1)], 1).clamp_min(0)
 
     def gram(self) -> Tensor:
         """G `[units, size, size]`."""
-        return gram(self.weights, self.inputs)
+        found = gram(self.weights, self.inputs)
+        if self.rest is not None:
+            found.diagonal(dim1=1, dim2=2).add_(self.rest.unsqueeze(1))
+        return found
+
+    def plus_rest(self, products: Tensor, vectors: Tensor) -> Tensor:
+        """Products with Σ_n w_nu a_n a_nᵀ made those with G_u, for vectors `[units, size]`."""
+        return products if self.rest is None else products + self.rest.unsqueeze(1) * vectors
 
     def mean_diagonal(self) -> Tensor:
         """Mean of the diagonal of each G_u `[units]`."""
-        return self.weights.mT @ self.inputs.square().mean(1)
+        found = self.weights.mT @ self.inputs.square().mean(1)
+        return found if self.rest is None else found + self.rest
 
     def jitter(self, damping: Tensor) -> Tensor:
         """What damping `[units]` lacks of 1e-7 of the mean diagonal `[units]`."""
@@ -79,13 +104,20 @@ class UnitRows:
 
     def __add__(self, other: UnitRows) -> UnitRows:
         """The rows of both, those of this first."""
-        weights = torch.cat([self.weights, other.weights])
-        return UnitRows(weights, torch.cat([self.inputs, other.inputs]))
+        return self._joined(other, 1.0, 1.0)
 
     def lerp(self, other: UnitRows, share: float) -> UnitRows:
         """The rows of both, those of this weighted by 1 − share, those of the other by `share`."""
-        weights = torch.cat([self.weights * (1 - share), other.weights * share])
-        return UnitRows(weights, torch.cat([self.inputs, other.inputs]))
+        return self._joined(other, 1 - share, share)
+
+    def _joined(self, other: UnitRows, own: float, its: float) -> UnitRows:
+        parts = ((self, own), (other, its))
+        rests = [rows.rest * factor for rows, factor in parts if rows.rest is not None]
+        return UnitRows(
+            torch.cat([rows.weights * factor for rows, factor in parts]),
+            torch.cat([self.inputs, other.inputs]),
+            torch.stack(rests).sum(0) if rests else None,
+        )
 
     def empty(self) -> UnitRows:
         """Without rows."""
@@ -98,22 +130,29 @@ class UnitRows:
             newest: multiples of the size that are kept as they are, from the end.
 
         Returns:
-            For the older rows one for each column of their basis, with weights e, then the newest.
+            For the older rows one for each column of their basis, then the newest.
         """
-        rows, size = self.inputs.shape
-        if rows <= MAX_ROWS * size:
+        if len(self.inputs) <= MAX_ROWS * self.size:
             return self
         if not newest:
-            return UnitRows(self.values.mT, self.basis.mT, compressed=True)
+            return self._in_basis()
         older, kept = (
             UnitRows(self.weights[some], self.inputs[some])
-            for some in (slice(None, -newest * size), slice(-newest * size, None))
+            for some in (slice(None, -newest * self.size), slice(-newest * self.size, None))
         )
-        return UnitRows(older.values.mT, older.basis.mT) + kept
+        return replace(older, rest=self.rest)._in_basis() + kept
+
+    def _in_basis(self) -> UnitRows:
+        """The columns of the basis as rows."""
+        inside, rest = self.values, None
+        if self.basis.shape[1] < self.size:
+            inside, rest = self.values[:, :-1] - self.values[:, -1:], self.values[:, -1]
+        return UnitRows(inside.mT, self.basis.mT, rest, compressed=True)
 
     def state(self) -> dict[str, Any]:
         """Plain tensors; what follows from them is computed again."""
-        return {"weights": self.weights, "inputs": self.inputs, "compressed": self.compressed}
+        own = {"weights": self.weights, "inputs": self.inputs}
+        return {**own, "rest": self.rest, "compressed": self.compressed}
 
 
 def gram(weights: Tensor, inputs: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"rates", "rejection", "drawing"}),
     frozenset({"blocks", "lattices", "autograd", "operators", "steps", "guards"})
     | {"closed_forms", "wrappers"},
+    frozenset({"eigenvectors", "jacobians"}),
     frozenset({"unit_rows", "kronecker"}),
     frozenset({"shared"}),
     frozenset({"conjugate_gradients"}),

@@ -20,10 +20,10 @@ from pyronat.autograd import (
     LinearUnits,
     SampleGate,
     edge_of,
-    jacobian,
     leaves,
     linear_units,
 )
+from pyronat.jacobians import jacobian
 
 EXACT = 1e-12
 

@@ -165,7 +165,7 @@ def test_a_state_gives_it_back() -> None:
     units = random_units()
     assert units.rows.values.isfinite().all()  # what is cached is no part of the state
     state = units.state()
-    assert set(state) == {"form", "weights", "inputs", "compressed"}
+    assert set(state) == {"form", "weights", "inputs", "rest", "compressed"}
     again = operator_from(state)
     assert isinstance(again, IterativeUnits) and torch.equal(again.dense(), units.dense())
 

@@ -20,8 +20,9 @@ from pyronat import (
     Full,
     NaturalGradient,
     NaturalSVI,
+    blocks,
     datum_rows,
-    kronecker,
+    eigenvectors,
     observation,
     plans,
     testing,
@@ -366,10 +367,10 @@ def test_wide_factors_are_held_by_leading_eigenvectors(
 ) -> None:
     exact = wide_kronecker(units, fan_in, rows)
     complete = exact.dense()[0]
-    monkeypatch.setattr(kronecker, "COMPLETE", 5)
-    monkeypatch.setattr(kronecker, "LEADING", 4)
-    monkeypatch.setattr(kronecker, "_SPARE", 1)
-    monkeypatch.setattr(kronecker, "_ROUNDS", 30)
+    monkeypatch.setattr(blocks, "COMPLETE", 5)
+    monkeypatch.setattr(blocks, "LEADING", 4)
+    monkeypatch.setattr(eigenvectors, "_SPARE", 1)
+    monkeypatch.setattr(eigenvectors, "_ROUNDS", 30)
     block = replace(exact)  # without what has been computed
     matrix, x = block.dense()[0], torch.randn(units, fan_in)
     # By hand: the mean of second moments over all that two orthogonal projections leave.
@@ -394,7 +395,7 @@ def parts_of(matrix: Tensor) -> list[Tensor]:
     """Projections on the eigenvectors that are taken of a factor, and on what they leave."""
     vectors = torch.linalg.eigh(matrix).eigenvectors
     size = len(matrix)
-    taken = size if size <= kronecker.COMPLETE else kronecker.LEADING
+    taken = blocks.num_eigenvectors(size)
     each = [torch.outer(column, column) for column in vectors[:, size - taken :].mT]
     rest = vectors[:, : size - taken]
     return [*each, rest @ rest.mT] if taken < size else each

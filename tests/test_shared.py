@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pyronat
-from pyronat import planning
+from pyronat import blocks, eigenvectors, planning
 from pyronat.blocks import Structure
 from pyronat.errors import NotPositiveDefinite, UnsupportedStructure
 from pyronat.factored import operator_from
@@ -140,6 +140,72 @@ def test_a_compact_operator_keeps_its_eigenvectors_alone() -> None:
     assert torch.equal((compact + few.zeros()).rows.weights, compact.rows.weights)
 
 
+WIDE = 12
+
+
+@pytest.fixture
+def few_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of units with more than 5 entries 4 eigenvectors are taken, found to the last digits."""
+    monkeypatch.setattr(blocks, "COMPLETE", 5)
+    monkeypatch.setattr(blocks, "LEADING", 4)
+    monkeypatch.setattr(eigenvectors, "_SPARE", 1)
+    monkeypatch.setattr(eigenvectors, "_ROUNDS", 60)
+
+
+def wide_units(rows: int = 30) -> SharedUnits:
+    inputs = torch.randn(rows, WIDE) * torch.logspace(0, -2, WIDE)
+    return SharedUnits(UnitRows(torch.rand(rows, UNITS), inputs))
+
+
+@pytest.mark.usefixtures("few_eigenvectors")
+def test_of_wide_units_the_leading_eigenvectors_are_taken() -> None:
+    shared = wide_units()
+    reference = exact(shared)
+    vectors = torch.linalg.eigh(reference.sum(0)).eigenvectors
+    own = (vectors.mT @ reference @ vectors).diagonal(dim1=1, dim2=2)
+    own[:, :-4] = own[:, :-4].mean(1, keepdim=True)
+    expected = (vectors * own.unsqueeze(1)) @ vectors.mT
+    assert shared.basis.shape == (WIDE, 4) and shared.values.shape == (UNITS, 5)
+    torch.testing.assert_close(shared.dense(), expected)
+    traces = reference.diagonal(dim1=1, dim2=2).mean(1)
+    torch.testing.assert_close(shared.mean_diagonal(), traces)
+    torch.testing.assert_close(expected.diagonal(dim1=1, dim2=2).mean(1), traces)
+    assert (expected - reference).norm() > 0.01 * reference.norm(), "an approximation"
+
+
+@pytest.mark.usefixtures("few_eigenvectors")
+def test_products_roots_and_solutions_of_wide_units() -> None:
+    shared, vectors, damping = wide_units(), torch.randn(UNITS, WIDE), torch.rand(UNITS)
+    dense = BlockMatrix(shared.dense())
+    torch.testing.assert_close(shared.mv(vectors), dense.mv(vectors))
+    torch.testing.assert_close(shared.quadratic(vectors), dense.quadratic(vectors))
+    factor = shared.factor(damping)
+    torch.testing.assert_close(factor.solve(vectors), dense.factor(damping).solve(vectors))
+    assert factor.shape == (UNITS, WIDE)
+    several = torch.randn(WIDE, UNITS, 3).permute(2, 1, 0)  # rows in another order in memory
+    twice = factor.unwhiten(factor.whiten(several))
+    expected = torch.stack([factor.solve(some) for some in several])
+    torch.testing.assert_close(twice, expected)
+
+
+@pytest.mark.usefixtures("few_eigenvectors")
+def test_averages_of_wide_units_are_kept_by_their_leading_eigenvectors() -> None:
+    many, new = wide_units(MAX_ROWS * WIDE + 1), wide_units(3)
+    compact = many.compact()
+    assert compact.rows.inputs.shape == (4, WIDE) and compact.rows.rest is not None
+    torch.testing.assert_close(compact.dense(), many.dense())
+    torch.testing.assert_close(compact.mean_diagonal(), many.mean_diagonal())
+    mixed = compact.lerp(new, 0.25)
+    assert len(mixed.rows.inputs) == 4 + 3
+    torch.testing.assert_close(mixed.rows.gram(), 0.75 * many.dense() + 0.25 * exact(new))
+    total = (compact + compact).rows.gram()
+    torch.testing.assert_close(total, 2 * many.dense())
+    again = operator_from(compact.state())
+    assert torch.equal(again.dense(), compact.dense())
+    damping = torch.zeros(UNITS)
+    assert compact.factor(damping).solve(torch.randn(UNITS, WIDE)).isfinite().all()
+
+
 def test_a_long_average_keeps_traces_and_sum() -> None:
     average = random_units(20)
     reference = exact(average)
@@ -155,7 +221,7 @@ def test_a_state_gives_it_back() -> None:
     shared = random_units()
     assert shared.values.isfinite().all()  # what is cached is no part of the state
     state = shared.state()
-    assert set(state) == {"form", "weights", "inputs", "compressed"}
+    assert set(state) == {"form", "weights", "inputs", "rest", "compressed"}
     again = operator_from(state)
     assert torch.equal(again.dense(), shared.dense())
     compact = random_units(MAX_ROWS * SIZE + 1).compact()
@@ -190,22 +256,32 @@ def test_the_metric_of_a_program() -> None:
     assert 0 < error < 0.1 * full.blocks[top].dense().norm()
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("structure", ["shared", "cg"])
-def test_training_is_as_good_as_with_matrices(structure: Structure) -> None:
+def test_training_is_as_good_as_with_matrices(
+    structure: Structure, few: bool, request: pytest.FixtureRequest
+) -> None:
+    if few:
+        request.getfixturevalue("few_eigenvectors")
     held = pyronat.Full(structure={"layer*": structure})
     finals = {}
     for name, geometry in (("unit", pyronat.Full()), (structure, held)):
         svi, net, x = trained(geometry, 40)
         assert svi.info is not None and svi.info.accepted
         finals[name] = -float(net.exact_log_likelihood(x).mean())
-    blocks = svi.optim.sides["model"].plan.blocks
-    assert structure in {block.structure for block in blocks.values()}
+    planned = svi.optim.sides["model"].plan.blocks
+    assert structure in {block.structure for block in planned.values()}
     start = -float(trained(held, 0)[1].exact_log_likelihood(x).mean())
     assert finals[structure] < finals["unit"] + 0.1 * (start - finals["unit"])
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("structure", ["shared", "cg"])
-def test_resuming_is_exact(structure: Structure, tmp_path: Path) -> None:
+def test_resuming_is_exact(
+    structure: Structure, few: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if few:
+        request.getfixturevalue("few_eigenvectors")
     held = pyronat.Full(structure={"layer*": structure})
 
     def train(resume: bool) -> dict[str, Tensor]:
@@ -225,8 +301,7 @@ def test_resuming_is_exact(structure: Structure, tmp_path: Path) -> None:
 def test_the_report_says_so() -> None:
     svi, _, _ = trained(pyronat.Full(structure={"layer*": "shared"}), 1)
     assert svi.net is not None
-    blocks = {block.name: block for block in svi.net.blocks}
-    (layer,) = [block for name, block in blocks.items() if name.startswith("layer1")]
+    (layer,) = [block for block in svi.net.blocks if block.name.startswith("layer1")]
     assert layer.structure == "shared" and not layer.exact
     assert layer.matrix_entries == 16 * 9 + 9**2 < 16 * 9**2
     assert layer.factor_flops == 9**3

@@ -15,8 +15,9 @@ from models import bayes_net
 from models.hidden_nodes import HiddenNodes
 from models.mixture import GaussianMixture
 from pyronat import NaturalGradient, NaturalSVI, observation, tables
-from pyronat.autograd import SampleGate, jacobian
+from pyronat.autograd import SampleGate
 from pyronat.geometry import Full, Visible
+from pyronat.jacobians import jacobian
 from pyronat.study import fisher
 
 ELEMENTS = 60

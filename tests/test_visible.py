@@ -165,6 +165,28 @@ def test_solve_with_few_rows(mixing: float) -> None:
     )
 
 
+@pytest.mark.parametrize("mixing", MIXINGS[1:])
+def test_wide_districts_are_solved_with_in_single_precision(
+    mixing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where rows are nearly the same, so that directions are found with large errors."""
+    problem, vector = Problem(), randn(3, WIDTH)
+    rows = 0.9 * gram_rows(problem.missing)
+    rows = torch.cat([rows, 1e-4 * randn(4, 3, WIDTH)])
+    half = {
+        name: cholesky(matrices.float(), problem.damping[name].float())
+        for name, matrices in problem.blocks.items()
+    }
+    solutions = {}
+    for most in (0, 2**18):
+        monkeypatch.setattr(spectrum, "_MAX_DOUBLE", most)
+        found = spectrum.spectrum(average("missing", rows=rows.float()), half)
+        solutions[found.directions.dtype] = problem.solved(found, vector.float(), mixing).double()
+    expected = torch.linalg.solve(problem.damped - (1 - mixing) * rows.mT @ rows, vector)
+    for solution in (solutions[torch.float32], solutions[torch.float64]):
+        assert (solution - expected).norm() < 2e-4 * expected.norm()
+
+
 def test_nothing_missing_is_the_full_metric() -> None:
     problem, vector = Problem(), randn(3, WIDTH)
     expected = torch.linalg.solve(problem.damped, vector)

@@ -540,27 +540,25 @@ class Shrinkage:
         return (self.gain * share).clamp(self.least, 1).sqrt()
 
 
-BEFORE_RARER = 20
-"""Refreshes after which `RunningAverage` begins to make them rarer."""
-
-
 @dataclass(frozen=True)
 class RunningAverage:
     """Exponential average of curvature over refreshes, unbiased from the first one.
 
     The longer training lasts, the less a step changes curvature. With `longest`, the number of
-    steps between refreshes doubles after 20 of them, and again whenever the number of all steps
-    has doubled since.
+    steps between refreshes doubles after `patience` of them, and again whenever the number of all
+    steps has doubled since.
 
     Attributes:
         decay: weight of the past at a refresh, once enough refreshes are past.
         refresh: steps between refreshes, at first.
         longest: steps between refreshes beyond which they do not double, or None.
+        patience: refreshes before they get rarer.
     """
 
     decay: float = 0.8
     refresh: int = 5
     longest: int | None = None
+    patience: int = 20
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -572,11 +570,13 @@ class RunningAverage:
             raise ValueError(f"decay must be in [0, 1) and refresh at least 1, not {self}")
         if self.longest is not None and self.longest < self.refresh:
             raise ValueError(f"longest must not be below refresh: {self}")
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1, not {self}")
 
     def is_due(self, step: int) -> bool:
         """Whether a step, counted from 0, measures curvature."""
         period, longest = self.refresh, self.longest or self.refresh
-        while step >= BEFORE_RARER * period and 2 * period <= longest:
+        while step >= self.patience * period and 2 * period <= longest:
             period *= 2
         return step % period == 0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyronat.eigenvectors import leading
 from pyronat.operators import JITTERS
 
-MAX_ROWS = 4
+MAX_ROWS = 3
 """Rows that are kept, in multiples of the size of a unit, before an average is compressed."""
 
 _CHUNK_ELEMENTS = 2**22

@@ -381,8 +381,13 @@ def test_measurements_get_rarer_as_training_lasts() -> None:
     assert gaps == [5] * 20 + [10] * 10 + [20] * 13
     fixed = [step for step in range(480) if RunningAverage(refresh=5).is_due(step)]
     assert fixed == list(range(0, 480, 5))
+    hasty = RunningAverage(refresh=5, longest=20, patience=2)
+    due = [step for step in range(60) if hasty.is_due(step)]
+    assert due == [0, 5, 10, 20, 40]
     with pytest.raises(ValueError, match="longest"):
         RunningAverage(refresh=5, longest=4)
+    with pytest.raises(ValueError, match="patience"):
+        RunningAverage(patience=0)
 
 
 def test_the_average_of_curvature_is_the_running_one() -> None:

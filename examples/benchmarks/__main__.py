@@ -98,7 +98,7 @@ PARTS = (
     Part(
         "overhead",
         "Processor time of a step of `NaturalSVI` with defaults, in steps of stock `SVI` with Adam "
-        "on the same loss, batch 100; means early and late in a training, as measurements get "
+        "on the same loss, batch 100; means over the first 400 steps and late, as measurements get "
         "rarer:",
         lambda results: overhead.table([overhead.Result(**one) for one in results]),
     ),

@@ -44,6 +44,10 @@ class Layout(ABC):
     def unpack(self, vectors: Tensor) -> dict[str, Tensor]:
         """`[count, size]` → parameters by name, zero outside the block."""
 
+    @abstractmethod
+    def spread(self, values: Tensor) -> dict[str, Tensor]:
+        """One number for each vector `[count]` → by name what broadcasts to the parameter."""
+
     def positions(self) -> Tensor:
         """Place of every entry in the concatenation of the flattened parameters `[count, size]`."""
         starts = accumulate((prod(shape) for shape in self.shapes), initial=0)
@@ -84,10 +88,22 @@ class AxesLayout(Layout):
         parts = vectors.split([prod(shape) // self.count for shape in self.shapes], 1)
         values = {}
         for i, (name, shape, part) in enumerate(zip(self.names, self.shapes, parts, strict=True)):
-            order = self._order(i)
-            places = sorted(range(len(order)), key=order.__getitem__)
-            values[name] = part.reshape([shape[axis] for axis in order]).permute(places)
+            wide = [shape[axis] for axis in self._order(i)]
+            values[name] = part.reshape(wide).permute(self._places(i))
         return values
+
+    def spread(self, values: Tensor) -> dict[str, Tensor]:
+        """One number for each vector `[count]` → by name what broadcasts to the parameter."""
+        found = {}
+        for i, (name, shape) in enumerate(zip(self.names, self.shapes, strict=True)):
+            wide = [shape[axis] if axis in self.axes[i] else 1 for axis in self._order(i)]
+            found[name] = values.reshape(wide).permute(self._places(i))
+        return found
+
+    def _places(self, index: int) -> list[int]:
+        """Where each axis of a parameter is in `_order`."""
+        order = self._order(index)
+        return sorted(range(len(order)), key=order.__getitem__)
 
     def _order(self, index: int) -> tuple[int, ...]:
         """Axes of a parameter, those that number the vectors first."""
@@ -122,6 +138,10 @@ class EntriesLayout(Layout):
         flat[self._index.to(flat.device)] = vectors
         parts = zip(self.names, flat.split(lengths), self.shapes, strict=True)
         return {name: part.reshape(shape) for name, part, shape in parts}
+
+    def spread(self, values: Tensor) -> dict[str, Tensor]:
+        """One number for each vector `[count]` → parameters by name, zero outside the block."""
+        return self.unpack(values.unsqueeze(1).expand(-1, len(self.entries[0])))
 
     @cached_property
     def _index(self) -> Tensor:

@@ -224,13 +224,10 @@ class Side:
 
     @cached_property
     def inverse_reach(self) -> dict[str, Tensor]:
-        """1 / reach of every parameter entry, by parameter name; 0 where nothing is known."""
+        """1 / reach of parameter entries, by name what broadcasts; 0 where nothing is known."""
         reach: dict[str, Tensor] = {}
         for name, curvature in self.average.items():
-            layout = self.plan.layouts[name]
-            size = self.plan.blocks[name].size
-            spread = _filled(curvature.reach).unsqueeze(1).expand(-1, size)
-            add_parts(reach, layout.unpack(spread))
+            add_parts(reach, self.plan.layouts[name].spread(_filled(curvature.reach)))
         return {name: torch.where(value > 0, 1 / value, 0.0) for name, value in reach.items()}
 
     def directions(

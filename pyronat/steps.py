@@ -661,7 +661,7 @@ class ReachScaledAdam:
 
         Args:
             gradient: of any shape.
-            inverse_reach: 1 / reach of each entry, same shape; entries with 0 do not move.
+            inverse_reach: 1 / reach, of a shape that broadcasts; entries with 0 do not move.
             lr: current learning rate.
             state: moments, or None at the start.
 

@@ -51,6 +51,10 @@ def test_layout_round_trip(name: str) -> None:
         assert torch.equal(unpacked[key], value)
     vectors = torch.randn_like(packed)
     assert torch.equal(layout.pack(layout.unpack(vectors)), vectors)
+    numbers = torch.randn(layout.count)
+    spread = layout.spread(numbers)
+    wide = layout.unpack(numbers.unsqueeze(1).expand_as(packed))
+    assert all(torch.equal(spread[key].expand_as(value), value) for key, value in wide.items())
 
 
 def test_rows_of_a_layout_are_units() -> None:

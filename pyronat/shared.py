@@ -20,7 +20,7 @@ class SharedUnits(BlockOperator):
     (George et al. 2018). Traces and Σ_u G_u are kept, and nothing is approximated where the units'
     weights are proportional to each other. Of units with more than `blocks.COMPLETE` entries the
     leading eigenvectors are taken; what is orthogonal to them has one mean eigenvalue for each
-    unit, so that traces are kept. It takes rows · size · (size + units) operations, the units
+    unit, and traces alone are kept. It takes rows · size · (size + units) operations, the units
     themselves rows · size² · units.
 
     Attributes:

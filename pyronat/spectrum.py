@@ -39,8 +39,8 @@ after 600 and after 2,000 steps on binarized digits.
 _MAX_DOUBLE = 2**18
 """Numbers in the rows of a district up to which they are taken to float64.
 
-Of rows that are not, only the eigenvalues of their Gram matrix are found in float64: what rounding
-does to directions of small eigenvalues, these keep from steps.
+Of more, only the eigenvalues of their Gram matrix are found in float64. Rounding then spoils the
+directions of its smallest eigenvalues, which hardly count in a step.
 """
 
 _NEGLIGIBLE = 1e-6

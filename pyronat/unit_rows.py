@@ -17,8 +17,8 @@ from pyronat.operators import JITTERS
 MAX_ROWS = 3
 """Rows that are kept, in multiples of the size of a unit, before an average is compressed.
 
-With 1 to 4 a sigmoid belief network of 784, 200 and 200 units that is trained with 2 particles is as
-good, within what seeds differ by, after 3,000 steps on binarized digits.
+With 1 to 4 a sigmoid belief network of 784, 200 and 200 units, trained with 2 particles, is as good
+after 3,000 steps on binarized digits, within what seeds differ by.
 """
 
 _CHUNK_ELEMENTS = 2**22

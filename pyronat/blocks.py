@@ -100,7 +100,8 @@ class ParamBlock:
             - "unit": a matrix for each of several units, or units whose coordinates are affine in
               them;
             - "dense": one matrix over all entries;
-            - "shared": linear units of a layer by their diagonals in one basis;
+            - "shared": linear units of a layer by their diagonals in one basis, of large units in
+              its leading eigenvectors;
             - "kronecker": B ⊗ A for each layer of a network, its eigenvalues corrected, without
               what couples layers;
             - "kfac": the same without the correction;

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyronat.errors import NotPositiveDefinite
-from pyronat.operators import BlockOperator, Solver, inner
+from pyronat.operators import BlockOperator, Solver
 from pyronat.shared import SharedSolver, SharedUnits
 from pyronat.unit_rows import MAX_ROWS, UnitRows
 
@@ -96,10 +96,6 @@ class IterativeUnits(BlockOperator):
         inputs = self.rows.inputs
         products = ((inputs @ vectors.mT) * self.rows.weights).mT @ inputs
         return self.rows.plus_rest(products, vectors)
-
-    def quadratic(self, vectors: Tensor) -> Tensor:
-        """Σ_u x_uᵀ G_u x_u for `[units, size]`, a 0-d tensor."""
-        return inner(vectors, self.mv(vectors))
 
     def dense(self) -> Tensor:
         """The matrices `[units, size, size]`."""

@@ -108,20 +108,20 @@ class UnitRows:
 
     def __add__(self, other: UnitRows) -> UnitRows:
         """The rows of both, those of this first."""
-        return self._joined(other, 1.0, 1.0)
-
-    def lerp(self, other: UnitRows, share: float) -> UnitRows:
-        """The rows of both, those of this weighted by 1 − share, those of the other by `share`."""
-        return self._joined(other, 1 - share, share)
-
-    def _joined(self, other: UnitRows, own: float, its: float) -> UnitRows:
-        parts = ((self, own), (other, its))
-        rests = [rows.rest * factor for rows, factor in parts if rows.rest is not None]
+        rests = [rows.rest for rows in (self, other) if rows.rest is not None]
         return UnitRows(
-            torch.cat([rows.weights * factor for rows, factor in parts]),
+            torch.cat([self.weights, other.weights]),
             torch.cat([self.inputs, other.inputs]),
             torch.stack(rests).sum(0) if rests else None,
         )
+
+    def lerp(self, other: UnitRows, share: float) -> UnitRows:
+        """The rows of both, those of this weighted by 1 − share, those of the other by `share`."""
+        return self._scaled(1 - share) + other._scaled(share)
+
+    def _scaled(self, share: float) -> UnitRows:
+        rest = None if self.rest is None else self.rest * share
+        return UnitRows(self.weights * share, self.inputs, rest)
 
     def empty(self) -> UnitRows:
         """Without rows."""

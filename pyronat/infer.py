@@ -253,16 +253,16 @@ class NaturalSVI:
         self._exchange.check()
         start, self._undone = time.perf_counter(), 0
         check_loss(self.loss, (self.model, self.guide))
-        if not self._analyzed:
+        judged, first = False, not self._analyzed
+        if first:
             self._analyze(args, kwargs)
         call = Call(args, kwargs, (get_rng_state(), random_state()), start)
-        judged = False
         for _ in range(MAX_BRANCHES + 1):
             error: Exception | None = None
             try:
                 return self._try_step(call, judged)
             except UnknownStructure as unknown:
-                self._learn(unknown, args, kwargs)
+                self._learn(unknown, call, first)
             except Suspect as suspect:
                 judged, error = True, suspect.error
                 if Judge(self.model, self.guide, self.loss).took_back(self.optim, call, suspect):
@@ -465,16 +465,20 @@ class NaturalSVI:
         if isinstance(geometry, Visible) or {"dreams", "exact"} & geometry.sources.keys():
             check_simulable(model.net)
 
-    def _learn(
-        self, unknown: UnknownStructure, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
-        """Analyzes the branch that a program took, and plans the blocks anew."""
+    def _learn(self, unknown: UnknownStructure, call: Call, first: bool) -> None:
+        """Analyzes the branch that a program took, and plans the blocks anew.
+
+        Args:
+            unknown: the branch.
+            call: arguments of the programs.
+            first: whether the programs were analyzed in this call.
+        """
         programs = {role: side.plan.program for role, side in self.optim.sides.items()}
         if unknown.known is programs["model"]:
-            programs["model"] = learn(unknown, self.model, args, kwargs)
+            programs["model"] = learn(unknown, self.model, call.args, call.kwargs, first)
             self._check_simulable(programs["model"])
         else:
-            guide = learn(unknown, self.guide, args, kwargs)
+            guide = learn(unknown, self.guide, call.args, call.kwargs, first)
             programs["guide"] = self._of_guide(guide, programs["model"])
         self.optim.replan(programs)
         tell(self.optim, stacklevel=3)

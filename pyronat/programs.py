@@ -8,7 +8,7 @@ been seen is analyzed as soon as it occurs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -151,20 +151,26 @@ def _value_edges(records: Sequence[SiteRecord]) -> set[Edge]:
 
 
 def learn(
-    unknown: UnknownStructure, program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
+    unknown: UnknownStructure,
+    program: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    same_call: bool = False,
 ) -> KnownProgram:
     """Analyzes a run of unknown structure, and unites it with what is known.
 
     The program is run again with the values of that run, so that it takes the same branches. Where
     the loss has added dimensions, for particles or enumerated values, the run cannot be repeated as
     it was; but such values cannot decide on a branch either. It is enough then that sites, families
-    and parameters are those of a run of the program by itself.
+    and parameters are those of a run of the program by itself; the one that `know` has analyzed
+    will do, if its arguments were the same.
 
     Args:
         unknown: the run.
         program: model or guide.
         args: its arguments.
         kwargs: its keyword arguments.
+        same_call: whether all that is known is of these arguments.
 
     Returns:
         What is known with this run.
@@ -179,6 +185,9 @@ def learn(
         program = unconditioned(program)
     values = {record.name: record.value for record in records if not record.observed}
     batched = _is_batched(records)
+    if same_call and batched and _same_sites(known.net, records, unknown.params):
+        seen = fingerprint(records, unknown.params, known.positions)
+        return replace(known, runs=known.runs | {seen})
     with repeatable():
         for attempt in range(ATTEMPTS):
             if attempt:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import pyro
 import torch
@@ -67,18 +68,8 @@ class Settings:
     sizes: tuple[int, ...] = SIZES
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """What a method needs for training.
-
-    Attributes:
-        step: Takes one step on a batch of shape [batch, pixels] and returns the batch's loss in
-            nats, summed over the data.
-        ess: Returns the last step's mean effective sample size, or None.
-    """
-
-    step: Callable[[Tensor], float]
-    ess: Callable[[], float | None]
+Step: TypeAlias = Callable[[Tensor], float]
+"""Takes one step on a batch of shape [batch, pixels] and returns the loss in nats, summed over it."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +79,12 @@ class Method:
     Attributes:
         name: Name in the table and the figures.
         rate: The rate at the first step.
-        make: Makes the trainer from the machine, the rate, the number of steps and the loss.
+        make: Makes the step from the machine, the rate, the number of steps and the loss.
     """
 
     name: str
     rate: float
-    make: Callable[[Helmholtz, float, int, pyronat.ReweightedWakeSleep], Trainer]
+    make: Callable[[Helmholtz, float, int, pyronat.ReweightedWakeSleep], Step]
 
 
 @dataclass(frozen=True)
@@ -174,8 +165,8 @@ def load_data() -> tuple[Tensor, Tensor]:
 
 def make_adam(
     machine: Helmholtz, rate: float, num_steps: int, loss: pyronat.ReweightedWakeSleep
-) -> Trainer:
-    """Makes a trainer of stock Pyro: `SVI` with Adam and a linear decay of its rate.
+) -> Step:
+    """Makes the step of stock Pyro: `SVI` with Adam and a linear decay of its rate.
 
     Args:
         machine: The machine to train.
@@ -184,7 +175,7 @@ def make_adam(
         loss: The training loss.
 
     Returns:
-        The trainer.
+        The step.
     """
     optimizer = pyro.optim.LambdaLR({
         "optimizer": torch.optim.Adam,
@@ -198,7 +189,7 @@ def make_adam(
         optimizer.step()
         return value
 
-    return Trainer(step, lambda: None if loss.ess is None else float(loss.ess))
+    return step
 
 
 def make_natural(
@@ -208,8 +199,8 @@ def make_natural(
     loss: pyronat.ReweightedWakeSleep,
     geometry: pyronat.Full | pyronat.Visible | None = None,
     guide_geometry: pyronat.Full | None = None,
-) -> Trainer:
-    """Makes a trainer with the defaults: natural gradients on the model, Adam on the guide.
+) -> Step:
+    """Makes a step with the defaults: natural gradients on the model, Adam on the guide.
 
     Args:
         machine: The machine to train.
@@ -220,15 +211,14 @@ def make_natural(
         guide_geometry: The guide's geometry, in place of the default.
 
     Returns:
-        The trainer.
+        The step.
     """
     optimizer = pyronat.NaturalGradient(
         lr=pyronat.steps.LinearDecay(rate, num_steps),
         geometry=geometry,
         guide_geometry=guide_geometry,
     )
-    svi = pyronat.NaturalSVI(machine.model, machine.guide, optimizer, loss)
-    return Trainer(svi.step, lambda: None if svi.info is None else svi.info.ess)
+    return pyronat.NaturalSVI(machine.model, machine.guide, optimizer, loss).step
 
 
 def make_loss(settings: Settings) -> pyronat.ReweightedWakeSleep:
@@ -292,7 +282,8 @@ def train(method: Method, task: Task, seed: int, settings: Settings) -> Run:
     """
     machine = make_machine(task.train, seed, settings.sizes)
     num_steps = settings.epochs * -(-task.train.shape[0] // settings.batch_size)
-    trainer = method.make(machine, method.rate, num_steps, make_loss(settings))
+    loss = make_loss(settings)
+    step = method.make(machine, method.rate, num_steps, loss)
     generator = torch.Generator().manual_seed(seed)
     seconds = 0.0
     epochs = []
@@ -300,13 +291,13 @@ def train(method: Method, task: Task, seed: int, settings: Settings) -> Run:
     with tqdm(range(1, settings.epochs + 1), desc=label, unit="epoch") as bar:
         for epoch in bar:
             start = time.perf_counter()
-            loss, ess = train_epoch(trainer, task.train, settings.batch_size, generator)
+            mean, ess = train_epoch(step, loss, task.train, settings.batch_size, generator)
             seconds += time.perf_counter() - start
             nll = None
             if task.every_epoch or epoch == settings.epochs:
                 nll = negative_log_likelihood(machine, task.evaluation, settings)
-            epochs.append(Epoch(epoch, seconds, loss, ess, nll))
-            bar.set_postfix(loss=f"{loss:.2f}", ess="-" if ess is None else f"{ess:.2f}")
+            epochs.append(Epoch(epoch, seconds, mean, ess, nll))
+            bar.set_postfix(loss=f"{mean:.2f}", ess="-" if ess is None else f"{ess:.2f}")
     return Run(
         method,
         task.split,
@@ -318,12 +309,17 @@ def train(method: Method, task: Task, seed: int, settings: Settings) -> Run:
 
 
 def train_epoch(
-    trainer: Trainer, x: Tensor, batch_size: int, generator: torch.Generator
+    step: Step,
+    loss: pyronat.ReweightedWakeSleep,
+    x: Tensor,
+    batch_size: int,
+    generator: torch.Generator,
 ) -> tuple[float, float | None]:
     """Takes one pass over the data in random order.
 
     Args:
-        trainer: The trainer.
+        step: The step.
+        loss: The loss that it is taken on, which knows the effective sample size of its particles.
         x: Training data, shape [train, pixels].
         batch_size: Data per step.
         generator: Random state of the order.
@@ -334,10 +330,9 @@ def train_epoch(
     total = 0.0
     sizes = []
     for batch in torch.split(x[torch.randperm(x.shape[0], generator=generator)], batch_size):
-        total += trainer.step(batch)
-        ess = trainer.ess()
-        if ess is not None:
-            sizes.append(ess)
+        total += step(batch)
+        if loss.ess is not None:
+            sizes.append(float(loss.ess))
     return total / x.shape[0], statistics.fmean(sizes) if sizes else None
 
 

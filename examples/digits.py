@@ -69,7 +69,7 @@ class Settings:
 
 
 Step: TypeAlias = Callable[[Tensor], float]
-"""Takes one step on a batch of shape [batch, pixels] and returns the loss in nats, summed over it."""
+"""One step on a batch of shape [batch, pixels]; returns the loss in nats, summed over the data."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -302,8 +302,8 @@ class NaturalSVI:
     def _try_step(self, call: Call, judged: bool) -> float:
         """One step, or none if a program takes a branch that is not known."""
         optim = self.optim
-        refresh = optim.refresh_due
-        observer = self._observer(refresh)
+        due = optim.due
+        observer = self._observer(due)
         sides: Mapping[Role, Side] = optim.sides
         trial = Trial(None, False, optim.caution, optim.caution, 0, False)
         state = optim.caution, optim.watch
@@ -319,8 +319,8 @@ class NaturalSVI:
                 if finite:
                     self._judge(params, loss, call)
                     compare(optim, gradients)
-                    if refresh:
-                        sides = self._refreshed(observer, call, params)
+                    if due:
+                        sides = self._refreshed(due, observer, call, params)
                     optim.shrink(gradients)
                     sides, trial = self._move(sides, gradients, params, loss, call)
             except BaseException:
@@ -331,7 +331,7 @@ class NaturalSVI:
                     leaf.grad = None
         self._rejected = 0 if trial.finite else self._rejected + 1
         samples = getattr(self.loss, "ess", None), self._dream_ess
-        report = describe(optim, sides, trial, loss, samples, refresh, self._rejected)
+        report = describe(optim, sides, trial, loss, samples, bool(due), self._rejected)
         if trial.accepted and trial.proposal is not None:
             optim.commit(sides, trial.proposal, trial.caution, params)
             self._exchange.leaves.update(params)
@@ -343,13 +343,14 @@ class NaturalSVI:
         return loss
 
     def _refreshed(
-        self, observer: LossObserver, call: Call, params: Mapping[str, Tensor]
+        self, due: Set[Role], observer: LossObserver, call: Call, params: Mapping[str, Tensor]
     ) -> dict[Role, Side]:
-        """The sides with new estimates."""
+        """The sides with new estimates of those that are due."""
         optim, meter = self.optim, Meter(self.model, self.guide, self.loss)
         decay, seed = optim.curvature.decay, _mixed(optim.seed, optim.step_count)
-        reading = meter.read(optim.sides, observer, call, params, seed, decay)
-        self._dream_ess = reading.ess
+        reading = meter.read(due, optim.sides, observer, call, params, seed, decay)
+        if "model" in due:
+            self._dream_ess = reading.ess
         with own_random_numbers(seed + 1):
             return optim.refreshed(reading.curvature, reading.visible)
 
@@ -483,12 +484,12 @@ class NaturalSVI:
         self.optim.replan(programs)
         tell(self.optim, stacklevel=3)
 
-    def _observer(self, refresh: bool) -> LossObserver:
+    def _observer(self, due: Set[Role]) -> LossObserver:
         model, guide = self.optim.sides["model"], self.optim.sides["guide"]
         measured = set()
-        if refresh and ("posterior" in model.geometry.sources or not model.natural):
+        if "model" in due and ("posterior" in model.geometry.sources or not model.natural):
             measured.add("model")
-        if refresh and guide.plan.blocks:
+        if "guide" in due and guide.plan.blocks:
             measured.add("guide")
         return LossObserver(
             model.plan,

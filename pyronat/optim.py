@@ -53,8 +53,8 @@ _REQUIRED = dict.fromkeys(
 )
 
 OFTEN = RunningAverage(longest=20)
-RARE = RunningAverage(refresh=20)
-RARER = RunningAverage(refresh=20, longest=80, patience=5)
+RARE = RunningAverage(refresh=20, alternating=True)
+RARER = RunningAverage(refresh=20, longest=80, patience=5, alternating=True)
 """When curvature is measured: usually, of large blocks, and where that is dear.
 
 With a patience of 20 in place of 5 a variational autoencoder with layers of 784, 400 and 20 units
@@ -88,8 +88,9 @@ class NaturalGradient(pyro.optim.PyroOptim):
         curvature: how curvature is averaged over steps and how often it is measured. By default
             every 5 steps, from step 100 on every 10 and from step 200 on every 20. Where there are
             large blocks, as wide layers are, every 20; with networks, and in the visible geometry
-            of large blocks, every 40 from step 100 on, every 80 from step 200 on. At every step and
-            without the past where `steps.LevenbergMarquardt` adapts a number.
+            of large blocks, every 40 from step 100 on, every 80 from step 200 on; model and guide
+            then in different steps. At every step and without the past where
+            `steps.LevenbergMarquardt` adapts a number.
         others: a Pyro optimizer for all parameters without a metric. By default those of a
             Euclidean side take steps of `steps.ReachScaledAdam`; those without a Fisher
             information, or in a dense block too large to measure, of Adam with rate 1e-3.
@@ -280,10 +281,13 @@ class NaturalGradient(pyro.optim.PyroOptim):
             )
 
     @property
-    def refresh_due(self) -> bool:
-        """Whether this step measures curvature."""
-        incomplete = any(not side.complete for side in self.sides.values())
-        return incomplete or self.curvature.is_due(self.step_count)
+    def due(self) -> frozenset[Role]:
+        """The programs whose curvature this step measures."""
+        if any(not side.complete for side in self.sides.values()):
+            return frozenset(self.sides)
+        rule, step, guide = self.curvature, self.step_count, self.sides["guide"]
+        apart = rule.alternating and guide.natural and bool(guide.plan.blocks)
+        return frozenset(r for r in self.sides if rule.is_due(step, apart and r == "guide"))
 
     # One step, computed without side effects
 
@@ -294,16 +298,15 @@ class NaturalGradient(pyro.optim.PyroOptim):
     ) -> dict[Role, Side]:
         """The sides with new estimates averaged in; the optimizer's own are not changed."""
         sides = {
-            role: side.refreshed(
-                curvature[role], visible if role == "model" else {}, self.curvature
+            role: self.sides[role].refreshed(
+                some, visible if role == "model" else {}, self.curvature
             )
-            if role in curvature
-            else side
-            for role, side in self.sides.items()
+            for role, some in curvature.items()
         }
-        if isinstance(self.damping, LevenbergMarquardt):
-            return sides  # factored with each caution that is tried
-        return self._factored(sides, self.caution)
+        if not isinstance(self.damping, LevenbergMarquardt):
+            sides = self._factored(sides, self.caution)
+        # Under that rule they are factored with each caution that is tried.
+        return {**self.sides, **sides}
 
     def _factored(self, sides: Mapping[Role, Side], caution: Caution | None) -> dict[Role, Side]:
         damping = self.damping

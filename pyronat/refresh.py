@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +89,7 @@ class Meter:
 
     def read(
         self,
+        due: Set[Role],
         sides: Mapping[Role, Side],
         observer: LossObserver,
         call: Call,
@@ -96,9 +97,10 @@ class Meter:
         seed: int,
         decay: float,
     ) -> Reading:
-        """New estimates of all that the geometries need.
+        """New estimates of what the geometries need.
 
         Args:
+            due: the programs that are measured.
             sides: model and guide.
             observer: has seen the traces of the loss.
             call: arguments and random numbers of the loss.
@@ -110,15 +112,15 @@ class Meter:
             The estimates.
         """
         with own_random_numbers(seed):
-            found: dict[Role, dict[str, Curvature]] = {
-                "model": self._model_curvature(sides["model"], observer, call)
-            }
-            guide = sides["guide"]
-            if guide.plan.blocks and "exact" in guide.geometry.sources:
-                found["guide"] = exact_curvature(self.guide, call.args, call.kwargs, guide.plan)
-            elif guide.plan.blocks:
-                found["guide"] = observer.guide_curvature()
-            visible, ess = self._visible(sides, call, params, decay)
+            found: dict[Role, dict[str, Curvature]] = {}
+            visible: dict[str, VisibleAverage] = {}
+            ess = None
+            if "model" in due:
+                found["model"] = self._model_curvature(sides["model"], observer, call)
+            if "guide" in due and sides["guide"].plan.blocks:
+                found["guide"] = self._guide_curvature(sides["guide"], observer, call)
+            if "model" in due:
+                visible, ess = self._visible(sides, call, params, decay)
         log.debug("measured %d blocks, %d districts", sum(map(len, found.values())), len(visible))
         return Reading(found, visible, ess)
 
@@ -140,6 +142,13 @@ class Meter:
         if not model.natural:
             parts.append((1.0, observer.model_curvature(with_matrix=False)))
         return _weighted(parts)
+
+    def _guide_curvature(
+        self, guide: Side, observer: LossObserver, call: Call
+    ) -> dict[str, Curvature]:
+        if "exact" in guide.geometry.sources:
+            return exact_curvature(self.guide, call.args, call.kwargs, guide.plan)
+        return observer.guide_curvature()
 
     def _visible(
         self, sides: Mapping[Role, Side], call: Call, params: Mapping[str, Tensor], decay: float

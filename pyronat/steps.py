@@ -553,12 +553,15 @@ class RunningAverage:
         refresh: steps between refreshes, at first.
         longest: steps between refreshes beyond which they do not double, or None.
         patience: refreshes before they get rarer.
+        alternating: whether a guide with a metric is measured halfway between two refreshes of the
+            model, so that no step but the first has to wait for both.
     """
 
     decay: float = 0.8
     refresh: int = 5
     longest: int | None = None
     patience: int = 20
+    alternating: bool = False
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -573,12 +576,17 @@ class RunningAverage:
         if self.patience < 1:
             raise ValueError(f"patience must be at least 1, not {self}")
 
-    def is_due(self, step: int) -> bool:
-        """Whether a step, counted from 0, measures curvature."""
+    def is_due(self, step: int, halfway: bool = False) -> bool:
+        """Whether a step measures curvature.
+
+        Args:
+            step: counted from 0.
+            halfway: whether refreshes are half a period later than those from step 0 on.
+        """
         period, longest = self.refresh, self.longest or self.refresh
         while step >= self.patience * period and 2 * period <= longest:
             period *= 2
-        return step % period == 0
+        return step % period == (period // 2 if halfway else 0)
 
     def share(self, count: int) -> float:
         """Weight of a new estimate after `count` earlier ones."""

@@ -540,7 +540,7 @@ def test_a_refresh_that_raises_changes_nothing(
     for _ in range(5):
         svi.step(X)
     state, params = copy.deepcopy(svi.optim.get_state()), parameters()
-    assert svi.optim.refresh_due and state["sides"]["model"]["visible"]
+    assert svi.optim.due and state["sides"]["model"]["visible"]
 
     def broken(*args: Any) -> None:
         raise errors.NotEnumerable("no")

@@ -352,7 +352,7 @@ def test_a_changed_structure_is_refused(
     if refresh:
         for _ in range(3):
             svi.step(X)
-        assert svi.optim.refresh_due
+        assert svi.optim.due
     before = svi.optim.get_state()
     value = pyro.param("loc").item()
     mode["now"] = change

@@ -58,6 +58,10 @@ SETUPS: dict[str, tuple[Callable[[], NaturalSVI], Tensor]] = {
     "excluded": (lambda: gaussian(exclude=["W", "q.*"]), X),
     "schedule": (lambda: gaussian(), X),
     "wake-sleep": (binary, BITS),
+    "alternating": (
+        lambda: gaussian(curvature=RunningAverage(refresh=4, alternating=True)),
+        X,
+    ),
     "never again": (lambda: gaussian(curvature=RunningAverage(refresh=100)), X),
 }
 by_setup = pytest.mark.parametrize("setup", SETUPS)
@@ -384,10 +388,43 @@ def test_measurements_get_rarer_as_training_lasts() -> None:
     hasty = RunningAverage(refresh=5, longest=20, patience=2)
     due = [step for step in range(60) if hasty.is_due(step)]
     assert due == [0, 5, 10, 20, 40]
+    halfway = [step for step in range(60) if hasty.is_due(step, halfway=True)]
+    assert halfway == [2, 7, 15, 30, 50]
     with pytest.raises(ValueError, match="longest"):
         RunningAverage(refresh=5, longest=4)
     with pytest.raises(ValueError, match="patience"):
         RunningAverage(patience=0)
+
+
+@pytest.mark.parametrize("geometry", [Full(), Euclidean()])
+def test_programs_are_measured_apart_where_the_rule_is_alternating(geometry: Any) -> None:
+    """A guide without a metric costs little, and is measured along with the model."""
+
+    def measured(alternating: bool) -> list[tuple[bool, int, int]]:
+        pyro.clear_param_store()
+        rule = RunningAverage(refresh=4, alternating=alternating)
+        svi = gaussian(curvature=rule, guide_geometry=geometry)
+        counts = []
+        for _ in range(8):
+            svi.step(X)
+            sides = svi.optim.sides
+            counts.append((svi.info.refreshed, sides["model"].refreshes, sides["guide"].refreshes))
+        return counts
+
+    together = [(step % 4 == 0, 1 + step // 4, 1 + step // 4) for step in range(8)]
+    apart = [(step % 2 == 0, 1 + step // 4, 1 + (step + 2) // 4) for step in range(8)]
+    assert measured(alternating=False) == together
+    assert measured(alternating=True) == (apart if geometry == Full() else together)
+
+
+def test_a_step_that_measures_one_program_leaves_the_other_as_it_was() -> None:
+    svi = gaussian(curvature=RunningAverage(refresh=4, alternating=True))
+    train(svi, X, 2)
+    before = dict(svi.optim.sides)
+    assert svi.optim.due == {"guide"}
+    svi.step(X)
+    after = svi.optim.sides
+    assert after["model"] is before["model"] and after["guide"] is not before["guide"]
 
 
 def test_the_average_of_curvature_is_the_running_one() -> None:

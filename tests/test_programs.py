@@ -575,7 +575,7 @@ def test_blocks_that_did_not_change_keep_their_averages() -> None:
     side = svi.optim.sides["model"]
     assert svi.net != net_before
     assert set(side.plan.blocks) == {"a", "b", "c"}
-    assert not side.complete and svi.optim.refresh_due
+    assert not side.complete and svi.optim.due
     assert side.refreshes == refreshes
     assert side.average.keys() == side.solved.keys() == before.keys() == {"a", "c"}
     for name in ("a", "c"):

@@ -7,10 +7,12 @@ Three problems, on one thread, with batches of 100 and pixels that are on or off
 * the same with a single particle and `Trace_ELBO`, whose plain step does the least work;
 * a variational autoencoder with layers of 784, 400 and 20 units.
 
-All methods train by turns, for 20 steps at a time, with all defaults. A plain step and one that
-measures curvature each cost their median processor time over that of Adam's steps in the same turn.
-From these follow the mean costs of a step over the first 400 steps of a training and after some
-thousand, when measurements have become rarer, as they do by default.
+All methods train by turns, for 20 steps at a time, with all defaults. In each turn curvature is
+measured once, that of a guide with a metric in a step of its own. A plain step, a measuring one on
+average, and the longest one of a turn cost their processor time over the median of Adam's steps in
+the same turn; medians over turns count. From these follow the mean costs of a step over the first
+400 steps of a training and after some thousand, when measurements have become rarer, as they do by
+default.
 
 Run it as `python -m examples.benchmarks.overhead`, or with `--quick` for small programs. It prints
 a table, and writes the numbers to a file if `--json` names one.
@@ -35,7 +37,7 @@ from pyronat.optim import RARE
 
 BATCH = 100
 TURN = RARE.refresh
-"""Steps of a turn: one of them measures curvature."""
+"""Steps of a turn: from one refresh of the curvature to the next one."""
 EARLY = 400
 """Steps at the start of a training whose mean cost is told."""
 RATE = 1e-3
@@ -169,8 +171,8 @@ class Result:
         problem: Name of the problem.
         method: "full" or "visible".
         adam: Median milliseconds of a step of Adam.
-        plain: Median of a step that does not measure curvature.
-        measuring: Median of one that does.
+        plain: A step that does not measure curvature.
+        measuring: The longest step, which measures curvature.
         early: Mean of the first steps of a training.
         late: Mean after some thousand steps, when measurements have become rarer.
     """
@@ -203,28 +205,29 @@ def measure(problem: Problem, turns: int) -> list[Result]:
             trainee.turn(data)
     adam = [statistics.median(steps) for steps in trainees["Adam"].plain[1:]]
 
-    def cost(seconds: Sequence[Sequence[float]]) -> float:
-        ratios = [
-            statistics.median(steps) / base
-            for steps, base in zip(seconds[1:], adam, strict=True)
-            if steps
-        ]
-        return statistics.median(ratios)
+    def cost(
+        turns: Sequence[Sequence[float]], typical: Callable[[Sequence[float]], float]
+    ) -> float:
+        pairs = zip(turns[1:], adam, strict=True)
+        return statistics.median(typical(steps) / base for steps, base in pairs if steps)
 
     results = []
     for name in names[1:]:
-        plain, measuring = cost(trainees[name].plain), cost(trainees[name].measuring)
-        rule = trainees[name].svi.optim.curvature
+        trainee = trainees[name]
+        plain = cost(trainee.plain, statistics.median)
+        extra = cost(trainee.measuring, statistics.fmean) - plain
+        extra *= len(trainee.measuring[-1])
+        rule = trainee.svi.optim.curvature
         shares = (sum(map(rule.is_due, range(EARLY))) / EARLY, 1 / (rule.longest or rule.refresh))
-        early, late = (plain + (measuring - plain) * share for share in shares)
-        milliseconds = 1e3 * statistics.median(adam)
-        results.append(Result(problem.name, name, milliseconds, plain, measuring, early, late))
+        early, late = (plain + extra * share for share in shares)
+        longest, milliseconds = cost(trainee.measuring, max), 1e3 * statistics.median(adam)
+        results.append(Result(problem.name, name, milliseconds, plain, longest, early, late))
     return results
 
 
 def table(results: Sequence[Result]) -> str:
     """The costs as a table in Markdown."""
-    header = ["problem", "geometry", "Adam", "plain step", "measuring step", "mean, early", "late"]
+    header = ["problem", "geometry", "Adam", "plain step", "longest step", "mean, early", "late"]
     rows = [
         [
             result.problem,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -156,6 +156,13 @@ def inner(first: Tensor, second: Tensor) -> Tensor:
     if first.dtype == second.dtype:
         return torch.dot(first.reshape(-1), second.reshape(-1))
     return (first * second).sum()
+
+
+def summed(products: Sequence[Tensor]) -> Tensor:
+    """The sum of products `[6]` of blocks, as `proposals.step_scalars` has them; 0 without any."""
+    if not products:
+        return torch.zeros(6)
+    return torch.stack([product.to(products[0]) for product in products]).sum(0)
 
 
 def add_parts(total: dict[str, Tensor], part: Mapping[str, Tensor]) -> None:

@@ -16,10 +16,11 @@ from pyronat.curvature import Curvature
 from pyronat.errors import StockSVI, StructureChanged
 from pyronat.geometry import Full, Geometry, Visible
 from pyronat.motion import Carry, within
+from pyronat.operators import summed
 from pyronat.others import kind_of, restore, state_of
 from pyronat.planning import Planner, check_names
 from pyronat.programs import KnownProgram
-from pyronat.proposals import Before, Motion, Proposal, step_scalars
+from pyronat.proposals import Before, Motion, Proposal, gain, step_scalars
 from pyronat.rejection import DEFAULT, Watch
 from pyronat.shaping import Shape, measured, shaped
 from pyronat.sides import Directions, Kind, Role, Side
@@ -350,14 +351,14 @@ class NaturalGradient(pyro.optim.PyroOptim):
                 # An adaptive rule judges steps by their gain.
                 each = bound if self.rule is None else None
                 found[role] = side.directions(gradients, mixing, each)
-        products = [product for one in found.values() for product in one.products]
-        factor = self.trust_region.factor(step_scalars(products, lr)["kl"])
-        scalars = step_scalars(products, lr * factor)
-        of_model = found["model"].products if "model" in found else []
-        scalars["model_gain"] = step_scalars(of_model, lr * factor)["gain"]
+        products = summed([one.products for one in found.values()])
+        length = lr * self.trust_region.factor(0.5 * lr**2 * products[-1].clamp_min(0))
+        scalars = step_scalars(products, length)
+        of_model = [one.products for role, one in found.items() if role == "model"]
+        scalars["model_gain"] = gain(summed(of_model), length)
         changes: dict[str, Tensor] = {}
         for one in found.values():
-            steps = one.changes(-lr * factor).items()
+            steps = one.changes(-length).items()
             changes.update({name: step for name, step in steps if name in gradients})
         moments: dict[str, Moments] = {}
         kinds = self.assignment(list(gradients))

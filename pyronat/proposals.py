@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,31 +82,30 @@ class Before:
         return found if same and shapes and len(found) == len(self.params) else None
 
 
-def step_scalars(products: Sequence[Tensor], lr: Tensor | float) -> dict[str, Tensor]:
-    """What describes a step of length lr.
+def gain(products: Tensor, length: Tensor) -> Tensor:
+    """(η − η²/2) gᵀd, what a step of length η gains as its metric has it, in nats."""
+    return (length - 0.5 * length**2) * products[3]
+
+
+def step_scalars(products: Tensor, length: Tensor) -> dict[str, Tensor]:
+    """What describes a step.
 
     Args:
-        products: (Σλ, count, gᵀg, gᵀd, dᵀd, dᵀAd without damping) of each block.
-        lr: the length.
+        products: (Σλ, count, gᵀg, gᵀd, dᵀd, dᵀAd without damping) `[6]`.
+        length: η.
 
     Returns:
-        length, gain, kl, grad_norm, natural_norm, cosine and damping, as 0-d tensors.
+        length, gain, kl, grad_norm, natural_norm, cosine and damping, as 0-d tensors; 0 where there
+        are no blocks.
     """
-    if not products:
-        zero = torch.zeros(())
-        return dict.fromkeys(
-            ("length", "gain", "kl", "grad_norm", "natural_norm", "cosine", "damping"), zero
-        )
-    first = products[0]
-    total = torch.stack([product.to(first) for product in products]).sum(0)
-    damping, count, grad, inner, direction, quadratic = total.unbind()
-    tiny = torch.finfo(total.dtype).tiny
+    damping, count, grad, inner, direction, quadratic = products.unbind()
+    tiny = torch.finfo(products.dtype).tiny
     return {
-        "length": torch.as_tensor(lr),
-        "gain": (lr - 0.5 * lr**2) * inner,
-        "kl": 0.5 * lr**2 * quadratic.clamp_min(0),
+        "length": length,
+        "gain": gain(products, length),
+        "kl": 0.5 * length**2 * quadratic.clamp_min(0),
         "grad_norm": grad.sqrt(),
         "natural_norm": inner.clamp_min(0).sqrt(),
         "cosine": inner / (grad * direction).sqrt().clamp_min(tiny),
-        "damping": damping / count,
+        "damping": damping / count.clamp_min(1),
     }

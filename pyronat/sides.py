@@ -17,7 +17,7 @@ from pyronat.errors import CheckpointMismatch, PyronatError
 from pyronat.families import is_reparametrized
 from pyronat.geometry import Geometry
 from pyronat.graph import BayesNet
-from pyronat.operators import BlockOperator, Solver, Whitener, add_parts, inner
+from pyronat.operators import BlockOperator, Solver, Whitener, add_parts, inner, summed
 from pyronat.plans import Plan
 from pyronat.programs import KnownProgram
 from pyronat.spectrum import Spectrum, VisibleAverage, spectrum
@@ -62,13 +62,14 @@ class Directions:
         plan: of the side.
         vectors: d = A⁻¹ g by block `[count, size]`.
         shrinking: factors on them by block, 0-d tensors; 1 where none is given.
-        products: (Σλ, count, gᵀg, gᵀd, dᵀd, dᵀAd without damping) of each block with its factor.
+        products: (Σλ, count, gᵀg, gᵀd, dᵀd, dᵀAd without damping) `[6]`, summed over blocks with
+            their factors; zeros where there are none.
     """
 
     plan: Plan
     vectors: Mapping[str, Tensor]
     shrinking: Mapping[str, Tensor]
-    products: list[Tensor]
+    products: Tensor
 
     def changes(self, length: Tensor) -> dict[str, Tensor]:
         """Steps length · d by parameter name."""
@@ -270,7 +271,7 @@ class Side:
         for name, f in shrinking.items():
             one = torch.ones_like(f)
             products[name] = products[name] * torch.stack([one, one, one, f, f * f, f * f])
-        return Directions(self.plan, vectors, shrinking, list(products.values()))
+        return Directions(self.plan, vectors, shrinking, summed(list(products.values())))
 
     def _shrinking(self, products: Mapping[str, Tensor], bound: Bound) -> dict[str, Tensor]:
         """Factors on the directions of blocks: one for all networks, one for the rest.

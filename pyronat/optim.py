@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import pyro.optim
@@ -54,12 +55,13 @@ _REQUIRED = dict.fromkeys(
 )
 
 OFTEN = RunningAverage(longest=20)
-RARE = RunningAverage(refresh=20, alternating=True)
-RARER = RunningAverage(refresh=20, longest=80, patience=5, alternating=True)
+RARE = RunningAverage(decay=0.8, refresh=20, alternating=True)
+RARER = replace(RARE, longest=80, patience=5)
 """When curvature is measured: usually, of large blocks, and where that is dear.
 
-With a patience of 20 in place of 5 a variational autoencoder with layers of 784, 400 and 20 units
-is 0.8 nats worse after 600 steps on binarized digits, and a step takes a tenth longer.
+On binarized digits a variational autoencoder with layers of 784, 400 and 20 units, whose curvature
+random signs make noisy, is 0.4 nats worse after 600 steps with a decay of 0.6 in place of 0.8, and
+0.8 nats with a patience of 20 in place of 5, where a step takes a tenth longer as well.
 """
 
 LARGE = 2**19

@@ -544,6 +544,10 @@ class Shrinkage:
 class RunningAverage:
     """Exponential average of curvature over refreshes, unbiased from the first one.
 
+    What is old misleads more than a single refresh is noisy: of four belief networks of the zoo all
+    end lower with a decay of 0.6 than of 0.8, and no program ends higher by more than 0.1 % of its
+    way; on digits a network of 64, 32 and 16 units is 0.12 nats lower after 25 epochs.
+
     The longer training lasts, the less a step changes curvature. With `longest`, the number of
     steps between refreshes doubles after `patience` of them, and again whenever the number of all
     steps has doubled since.
@@ -557,7 +561,7 @@ class RunningAverage:
             model, so that no step but the first has to wait for both.
     """
 
-    decay: float = 0.8
+    decay: float = 0.6
     refresh: int = 5
     longest: int | None = None
     patience: int = 20

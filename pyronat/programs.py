@@ -181,13 +181,13 @@ def learn(
     """
     known, records = unknown.known, unknown.records
     _check_registered(records, unknown.params)
+    batched = _is_batched(records)
     if _simulated(known.net, records):
         program = unconditioned(program)
-    values = {record.name: record.value for record in records if not record.observed}
-    batched = _is_batched(records)
-    if same_call and batched and _same_sites(known.net, records, unknown.params):
+    elif same_call and batched and _same_sites(known.net, records, unknown.params):
         seen = fingerprint(records, unknown.params, known.positions)
         return replace(known, runs=known.runs | {seen})
+    values = {record.name: record.value for record in records if not record.observed}
     with repeatable():
         for attempt in range(ATTEMPTS):
             if attempt:

@@ -45,6 +45,14 @@ def test_every_turn_of_a_natural_gradient_measures_once() -> None:
     )
 
 
+def test_a_guide_with_a_metric_is_measured_in_a_step_of_its_own() -> None:
+    problem = overhead.problems(overhead.QUICK)[2]
+    natural = overhead.start(problem, "full")
+    for _ in range(2):
+        natural.turn(torch.rand(overhead.TURN, 20, problem.pixels).round())
+    assert [len(steps) for steps in natural.measuring] == [2, 2]
+
+
 def test_a_plain_step_reads_three_numbers_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss, and whether gradient and step are finite; steps that measure curvature read more.
 

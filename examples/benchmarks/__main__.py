@@ -98,8 +98,8 @@ PARTS = (
     Part(
         "overhead",
         "Processor time of a step of `NaturalSVI` with defaults, in steps of stock `SVI` with Adam "
-        "on the same loss, batch 100; means over the first 400 steps and late, as measurements get "
-        "rarer:",
+        "on the same loss, batch 100; the longest one measures curvature; means over the first 400 "
+        "steps and late, as measurements get rarer:",
         lambda results: overhead.table([overhead.Result(**one) for one in results]),
     ),
     Part(

@@ -216,7 +216,7 @@ def measure(problem: Problem, turns: int) -> list[Result]:
         trainee = trainees[name]
         plain = cost(trainee.plain, statistics.median)
         extra = cost(trainee.measuring, statistics.fmean) - plain
-        extra *= len(trainee.measuring[-1])
+        extra *= len(trainee.measuring[1])
         rule = trainee.svi.optim.curvature
         shares = (sum(map(rule.is_due, range(EARLY))) / EARLY, 1 / (rule.longest or rule.refresh))
         early, late = (plain + extra * share for share in shares)

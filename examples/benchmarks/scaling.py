@@ -78,7 +78,7 @@ class Result:
         adam: Median of a step of Adam on the same loss.
         plain: Median of a natural step that does not measure curvature.
         measuring: Median of one that does.
-        mean: Mean at the period of measurement.
+        mean: Mean over the first 400 steps of a training.
     """
 
     axis: str

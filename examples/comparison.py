@@ -1,5 +1,6 @@
 """What the examples share that compare Adam with natural gradients."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -194,6 +195,24 @@ def negative_elbo(loss: ELBO, model: Any, guide: Any, data: Data) -> float:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         return float(loss.loss(model, guide, *data))
+
+
+def reached(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+    """When a curve comes down to a target, on straight lines between its points.
+
+    Args:
+        curve: Times, in any unit, and negative log likelihoods in nats.
+        target: Negative log likelihood in nats.
+
+    Returns:
+        The time, or None if it never does.
+    """
+    if curve[0][1] <= target:
+        return curve[0][0]
+    for (t0, y0), (t1, y1) in itertools.pairwise(curve):
+        if y1 <= target:
+            return t0 + (t1 - t0) * (y0 - target) / (y0 - y1)
+    return None
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

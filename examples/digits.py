@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pyronat
+from examples.comparison import reached
 from models.helmholtz import Helmholtz
 
 SIZES = (64, 32, 16)
@@ -409,15 +410,18 @@ def reach(runs: Sequence[Run], target: float) -> str:
         target: Test negative log likelihood in nats per datum.
 
     Returns:
-        The first epoch whose mean over seeds is at the target or below, with the mean training
-        seconds until then, or a dash if there is none.
+        When the mean over seeds is at the target, on straight lines between the ends of epochs, in
+        epochs and in training seconds, or a dash if it never is.
     """
-    for epochs in zip(*(run.epochs for run in runs), strict=True):
-        values = [epoch.nll for epoch in epochs if epoch.nll is not None]
-        if values and statistics.fmean(values) <= target:
-            seconds = statistics.fmean(epoch.seconds for epoch in epochs)
-            return f"{epochs[0].epoch} epochs, {seconds:.1f} s"
-    return "-"
+    epochs, seconds = [], []
+    for marks in zip(*(run.epochs for run in runs), strict=True):
+        values = [mark.nll for mark in marks if mark.nll is not None]
+        if values:
+            nll = statistics.fmean(values)
+            epochs.append((float(marks[0].epoch), nll))
+            seconds.append((statistics.fmean(mark.seconds for mark in marks), nll))
+    epoch, second = reached(epochs, target), reached(seconds, target)
+    return "-" if epoch is None else f"{epoch:.1f} epochs, {second:.2f} s"
 
 
 def table(runs: Sequence[Run]) -> str:

@@ -18,7 +18,6 @@ prints the search and a table, and writes to the output folder:
 """
 
 import argparse
-import itertools
 import json
 import math
 import statistics
@@ -38,7 +37,7 @@ from sklearn.datasets import fetch_openml, get_data_home
 from torch import Tensor
 
 import pyronat
-from examples.comparison import Averaged, Rates, Step, batches, markdown, stock
+from examples.comparison import Averaged, Rates, Step, batches, markdown, reached, stock
 from models.helmholtz import Helmholtz
 from pyronat.steps import PolyakRuppert
 
@@ -485,24 +484,6 @@ def mean_curve(runs: Sequence[Run], kind: str = "nll") -> list[tuple[float, floa
         (points[0].minutes, statistics.fmean(getattr(point, kind) for point in points))
         for points in zip(*(run.points for run in runs), strict=False)
     ]
-
-
-def reached(curve: Sequence[tuple[float, float]], target: float) -> float | None:
-    """When a curve comes down to a target, on straight lines between its points.
-
-    Args:
-        curve: Minutes and negative log likelihoods in nats.
-        target: Negative log likelihood in nats.
-
-    Returns:
-        Minutes, or None if it never does.
-    """
-    if curve[0][1] <= target:
-        return curve[0][0]
-    for (t0, y0), (t1, y1) in itertools.pairwise(curve):
-        if y1 <= target:
-            return t0 + (t1 - t0) * (y0 - target) / (y0 - y1)
-    return None
 
 
 def table(groups: Mapping[str, Sequence[Run]]) -> str:

@@ -290,20 +290,22 @@ def _recognize(theta: Tensor, gate: SampleGate) -> LinearUnits | None:
     if theta.grad_fn is None:
         return _bias_units(theta)
     found = _preactivation(edge_of(theta), gate.edges)
-    terms: list[_Head] = []
-    if found is None or not _collect(found[0], gate.edges, terms):
+    if found is None:
         return None
-    edge, routes = found
+    edge, terms, routes = found
     units = _assemble(terms, _numel(edge))
-    places = None if units is None else _places([route.broadcasts for route in routes], units)
-    if units is None or places is None:
+    if units is None:
         return None
+    places, broadcasts = None, [route.broadcasts for route in routes]
+    if not all(_in_turn(*shapes) for route in broadcasts for shapes in route):
+        places = _places(broadcasts, units)
+        if places is None:
+            return None
+        places = places.to(theta.device)
     slope = None
     if not all(route.plain for route in routes):
-        broadcast = any(route.broadcasts for route in routes)
-        slope = _slope(theta, edge, broadcast, gate).reshape(-1, units.units)
-    in_turn = torch.equal(places, torch.arange(units.rows).repeat(len(places) // units.rows))
-    return replace(units, slope=slope, places=None if in_turn else places.to(theta.device))
+        slope = _slope(theta, edge, any(broadcasts), gate).reshape(-1, units.units)
+    return replace(units, slope=slope, places=places)
 
 
 @dataclass(frozen=True)
@@ -319,29 +321,50 @@ class _Route:
     plain: bool = True
 
 
-def _preactivation(edge: Edge, stops: Collection[Edge]) -> tuple[Edge, list[_Route]] | None:
-    """The one affine edge that an edge is an elementwise function of, and the ways to it."""
-    found: dict[Edge, list[_Route]] = {}
-    stack, seen = [(edge, _Route())], set()
+def _preactivation(
+    edge: Edge, stops: Collection[Edge]
+) -> tuple[Edge, list[_Head], list[_Route]] | None:
+    """The one affine edge that an edge is an elementwise function of.
+
+    Args:
+        edge: of a coordinate.
+        stops: edges that are not crossed.
+
+    Returns:
+        The affine edge, its terms and the ways to it; None where there is not one alone.
+    """
+    found: dict[Edge, tuple[list[_Head], list[_Route]]] = {}
+    stack, seen = [(edge, _Route())] if _reaches_leaf(edge, stops) else [], set()
     while stack:
         here = edge, route = stack.pop()
-        if here in seen or not _reaches_leaf(edge, stops):
+        if here in seen:
             continue
         seen.add(here)
-        if _collect(edge, stops, []):
-            found.setdefault(edge, []).append(route)
+        terms: list[_Head] = []
+        if edge in found or _collect(edge, stops, terms):
+            found.setdefault(edge, (terms, []))[1].append(route)
             continue
         name = edge[0].name()
-        if name not in ELEMENTWISE | BROADCASTING:
+        if name not in ELEMENTWISE and name not in BROADCASTING:
             return None
         for source in edge[0].next_functions:
             if _reaches_leaf(source, stops):
                 shapes = shape_of(source), shape_of(edge)
                 wider = prod(shapes[0]) != prod(shapes[1])
                 broadcasts = (*route.broadcasts, shapes) if wider else route.broadcasts
-                plain = route.plain and name in ORDER_KEEPING | BROADCASTING
+                plain = route.plain and (name in ORDER_KEEPING or name in BROADCASTING)
                 stack.append((source, _Route(broadcasts, plain)))
-    return found.popitem() if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    ((edge, (terms, routes)),) = found.items()
+    return edge, terms, routes
+
+
+def _in_turn(source: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether a broadcast repeats a tensor as a whole, one copy after the other."""
+    while source and source[0] == 1:
+        source = source[1:]
+    return tuple(target[len(target) - len(source) :]) == tuple(source)
 
 
 def _places(

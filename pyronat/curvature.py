@@ -193,31 +193,37 @@ class UnitFactor(Factor):
         return replace(curvature, leverage=curvature.leverage * scale, mass=weights.sum())
 
     def _of_units(self, spread: Tensor, inputs: Tensor, with_matrix: bool) -> Curvature:
-        units = self.units
-        squared = 1.0 if self.slope is None else self.slope**2
         fisher = self.fisher[..., 0, 0]
-        weighted = (spread * fisher).reshape(-1, units) * squared
-        bound = fisher if self.bound is None else torch.as_tensor(self.bound).expand_as(fisher)
-        reference = (bound.reshape(-1, units) * squared).amax(0)
-        share = self.by_input(spread.reshape(-1, units)).sum(1)
+        weighted = (spread * fisher).reshape(-1, self.units)
+        if self.slope is not None:
+            weighted = weighted * self.slope**2
+        reference = self._reference(fisher)
+        share = self.by_input(spread.reshape(-1, self.units).sum(1, keepdim=True)).squeeze(1)
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
-        summed = self.by_input(weighted)
         operator: BlockOperator | None = None
         if with_matrix:
-            operator = _linear_units(self.structure, summed, inputs)
+            operator = _linear_units(self.structure, self.by_input(weighted), inputs)
         return Curvature(
             operator,
             leverage=reference * (share @ (inputs**2).sum(1)),
             reach=2 * reference.sqrt() * (share @ inputs.abs().sum(1)),
         )
 
+    def _reference(self, fisher: Tensor) -> Tensor:
+        """Largest Fisher weight of each linear unit in its preactivation `[units]`."""
+        bound = fisher if self.bound is None else torch.as_tensor(self.bound).to(fisher)
+        if self.slope is None and bound.dim() == 0:
+            return bound.expand(self.units)
+        largest = bound.expand_as(fisher).reshape(-1, self.units)
+        return (largest if self.slope is None else largest * self.slope**2).amax(0)
+
     def by_input(self, values: Tensor) -> Tensor:
-        """Values of linear units `[repeats * rows, units]`, summed over the copies of each row."""
+        """Values `[repeats * rows, n]` of linear units, summed over the copies of each row."""
         assert self.inputs is not None
-        rows = len(self.inputs)
+        rows, width = len(self.inputs), values.shape[1]
         if self.places is None:
-            return values.reshape(-1, rows, self.units).sum(0)
-        return values.new_zeros(rows, self.units).index_add_(0, self.places, values)
+            return values.reshape(-1, rows, width).sum(0)
+        return values.new_zeros(rows, width).index_add_(0, self.places, values)
 
     def _of_entries(self, spread: Tensor, with_matrix: bool) -> Curvature:
         assert self.jacobian is not None

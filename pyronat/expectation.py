@@ -23,7 +23,7 @@ from pyronat.records import SiteRecord
 from pyronat.tracing import (
     Program,
     dream,
-    own_random_numbers,
+    own_torch_numbers,
     params_of,
     records_of,
     scored_records_of,
@@ -247,7 +247,7 @@ class LossObserver:
     ) -> list[Factor]:
         """Factors of a run; the random numbers of the loss are left as they are."""
         self._seed += 1
-        with own_random_numbers(self._seed):
+        with own_torch_numbers(self._seed):
             return observe(records, plan, params)
 
     def model_curvature(self, with_matrix: bool = True) -> dict[str, Curvature]:

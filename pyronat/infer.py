@@ -43,7 +43,7 @@ from pyronat.telling import tell
 from pyronat.tracing import (
     data_count,
     guide_messenger,
-    own_random_numbers,
+    own_torch_numbers,
     params_of,
     random_state,
     set_random_state,
@@ -351,7 +351,7 @@ class NaturalSVI:
         reading = meter.read(due, optim.sides, observer, call, params, seed, decay)
         if "model" in due:
             self._dream_ess = reading.ess
-        with own_random_numbers(seed + 1):
+        with own_torch_numbers(seed + 1):
             return optim.refreshed(reading.curvature, reading.visible)
 
     def _judge(self, params: Mapping[str, Tensor], loss: float, call: Call) -> None:

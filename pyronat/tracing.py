@@ -254,20 +254,23 @@ def repeatable() -> Generator[Callable[[], None], None, None]:
 
 
 def set_seed(seed: int) -> None:
-    """Seeds the generators of torch, numpy and Python, those of devices in use alone.
+    """Seeds the generators of torch, numpy and Python, those of devices in use alone."""
+    # Python and numpy have the same generator.
+    twister, (*keys, position) = random.Random(seed).getstate(), random.Random(~seed).getstate()[1]
+    _set_torch_seed(seed)
+    state = {"random": twister, "numpy": ("MT19937", keys, position)}
+    set_rng_state({"torch": torch.random.get_rng_state(), **state})
+
+
+def _set_torch_seed(seed: int) -> None:
+    """Seeds the generators of torch.
 
     For devices that are not in use `torch.manual_seed` notes the seed with the whole call stack,
     which takes as long as a small network.
     """
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
-    # Python and numpy have the same generator.
-    twister, (*keys, position) = random.Random(seed).getstate(), random.Random(~seed).getstate()[1]
-    set_rng_state({
-        "torch": torch.Generator("cpu").manual_seed(seed).get_state(),
-        "random": twister,
-        "numpy": ("MT19937", keys, position),
-    })
+    torch.random.set_rng_state(torch.Generator("cpu").manual_seed(seed).get_state())
 
 
 def run_constant(
@@ -457,7 +460,7 @@ def constant_samples() -> Messenger:
 
 @contextmanager
 def own_random_numbers(seed: int) -> Generator[None, None, None]:
-    """Runs on random numbers of its own, so that the caller's streams are not disturbed."""
+    """Runs programs on random numbers of their own; the caller's streams are not disturbed."""
     state = get_rng_state()
     with torch.random.fork_rng():
         set_seed(seed)
@@ -465,6 +468,14 @@ def own_random_numbers(seed: int) -> Generator[None, None, None]:
             yield
         finally:
             set_rng_state(state)
+
+
+@contextmanager
+def own_torch_numbers(seed: int) -> Generator[None, None, None]:
+    """The same for what draws from torch alone, as this library's own estimates do."""
+    with torch.random.fork_rng():
+        _set_torch_seed(seed)
+        yield
 
 
 def random_state() -> list[Tensor]:

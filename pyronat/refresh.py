@@ -111,15 +111,16 @@ class Meter:
         Returns:
             The estimates.
         """
+        found: dict[Role, dict[str, Curvature]] = {}
+        visible: dict[str, VisibleAverage] = {}
+        ess = None
+        measured = {role for role in due if sides[role].plan.blocks}
         with own_random_numbers(seed):
-            found: dict[Role, dict[str, Curvature]] = {}
-            visible: dict[str, VisibleAverage] = {}
-            ess = None
-            if "model" in due:
+            if "model" in measured:
                 found["model"] = self._model_curvature(sides["model"], observer, call)
-            if "guide" in due and sides["guide"].plan.blocks:
+            if "guide" in measured:
                 found["guide"] = self._guide_curvature(sides["guide"], observer, call)
-            if "model" in due:
+            if "model" in measured:
                 visible, ess = self._visible(sides, call, params, decay)
         log.debug("measured %d blocks, %d districts", sum(map(len, found.values())), len(visible))
         return Reading(found, visible, ess)

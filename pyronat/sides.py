@@ -255,7 +255,8 @@ class Side:
             found.update(some.solve({name: packed[name] for name in some.factors}, share))
             damped.update(dict.fromkeys(some.factors, some.damped(share)))
         vectors: dict[str, Tensor] = {}
-        products: dict[str, Tensor] = {}
+        quadratics: dict[str, Tensor] = {}
+        numbers: list[Tensor] = []
         for name, solved in self.solved.items():
             gradient = packed[name]
             direction = found[name] if name in found else solved.factor.solve(gradient)
@@ -265,37 +266,51 @@ class Side:
             squares = torch.linalg.vector_norm(direction, dim=1).square()
             # A d = g with A damped, so dᵀAd needs no product with A.
             quadratic = product - damped.get(name, 1.0) * inner(solved.damping, squares)
-            parts = [inner(gradient, gradient), product, squares.sum(), quadratic]
-            products[name] = torch.stack([*(part.to(product) for part in solved.total), *parts])
-        shrinking = {} if bound is None else self._shrinking(products, bound)
-        for name, f in shrinking.items():
-            one = torch.ones_like(f)
-            products[name] = products[name] * torch.stack([one, one, one, f, f * f, f * f])
-        return Directions(self.plan, vectors, shrinking, summed(list(products.values())))
+            quadratics[name] = quadratic
+            numbers += [*solved.total, inner(gradient, gradient), product, squares.sum(), quadratic]
+        shrinking = {} if bound is None else self._shrinking(quadratics, bound)
+        if not numbers:
+            return Directions(self.plan, vectors, shrinking, summed([]))
+        table = torch.stack([number.to(numbers[0]) for number in numbers]).reshape(-1, 6)
+        if shrinking:
+            factors = torch.stack([shrinking[name].to(table) for name in vectors]).unsqueeze(1)
+            table[:, 3:] *= factors
+            table[:, 4:] *= factors
+        return Directions(self.plan, vectors, shrinking, table.sum(0))
 
-    def _shrinking(self, products: Mapping[str, Tensor], bound: Bound) -> dict[str, Tensor]:
+    def _shrinking(self, quadratics: Mapping[str, Tensor], bound: Bound) -> dict[str, Tensor]:
         """Factors on the directions of blocks: one for all networks, one for the rest.
 
         Args:
-            products: of each block.
+            quadratics: dᵀGd of each block.
             bound: (kind, dᵀGd for each datum, or each part of it that is bounded) → factor.
 
         Returns:
             The factor by block.
         """
         factors: dict[str, Tensor] = {}
-        for kind in ("network", self.role):
-            names = [name for name in products if self._kind(name) == kind]
+        for kind, (names, mass) in self._bounded_together.items():
+            parts = [quadratics[name].to(mass) for name in names]
+            relative = torch.stack(parts).sum().clamp_min(0) / mass
+            factors.update(dict.fromkeys(names, bound(kind, relative)))
+        return factors
+
+    @cached_property
+    def _bounded_together(self) -> dict[Kind, tuple[list[str], Tensor]]:
+        """Blocks by kind, and the number of data, or of parts of them, that bounds are for."""
+        found: dict[Kind, tuple[list[str], Tensor]] = {}
+        kinds: tuple[Kind, ...] = ("network", self.role)
+        for kind in kinds:
+            names = [name for name in self.solved if self._kind(name) == kind]
             if names:
-                quadratic = torch.stack([products[name][5] for name in names]).sum().clamp_min(0)
+                like = self.solved[names[0]].damping
                 masses = [
-                    self.average[name].mass.to(quadratic) * self._bounded_parts(kind, name)
+                    self.average[name].mass.to(like) * self._bounded_parts(kind, name)
                     for name in names
                 ]
-                mass = torch.stack(masses).max()
-                relative = quadratic / mass.clamp_min(torch.finfo(mass.dtype).tiny)
-                factors.update(dict.fromkeys(names, bound(kind, relative)))
-        return factors
+                tiny = torch.finfo(like.dtype).tiny
+                found[kind] = names, torch.stack(masses).max().clamp_min(tiny)
+        return found
 
     def _bounded_parts(self, kind: Kind, name: str) -> float:
         """Parts of a datum that `steps.KLTrustRegion` bounds each for itself."""

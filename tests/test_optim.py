@@ -417,6 +417,26 @@ def test_programs_are_measured_apart_where_the_rule_is_alternating(geometry: Any
     assert measured(alternating=True) == (apart if geometry == Full() else together)
 
 
+def test_a_program_without_blocks_is_not_run_to_be_measured() -> None:
+    runs = []
+
+    def fixed_model(x: Tensor) -> None:
+        runs.append(len(x))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def global_guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(param("loc", 1), 1.0))
+
+    svi = NaturalSVI(fixed_model, global_guide, NaturalGradient(curvature=RunningAverage(0.0, 1)))
+    train(svi, X[:, 0], 2)
+    runs.clear()
+    svi.step(X[:, 0])
+    assert svi.info.refreshed and len(runs) == 1
+
+
 def test_a_step_that_measures_one_program_leaves_the_other_as_it_was() -> None:
     svi = gaussian(curvature=RunningAverage(refresh=4, alternating=True))
     train(svi, X, 2)

@@ -89,7 +89,7 @@ class NaturalGradient(pyro.optim.PyroOptim):
         damping: rule for λ, or `steps.LevenbergMarquardt()` for exact losses on whole data sets.
         trust_region: bound on the divergence of a step.
         curvature: how curvature is averaged over steps and how often it is measured. By default
-            every 5 steps, from step 100 on every 10 and from step 200 on every 20. Where there are
+            every 5 steps, from step 50 on every 10 and from step 100 on every 20. Where there are
             large blocks, as wide layers are, every 20; with networks, and in the visible geometry
             of large blocks, every 40 from step 100 on, every 80 from step 200 on; model and guide
             then in different steps. At every step and without the past where

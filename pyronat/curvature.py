@@ -185,12 +185,12 @@ class UnitFactor(Factor):
         distribution = self.record.distribution
         weights = weights.to(self.fisher.dtype).sum_to_size(distribution.batch_shape)
         spread = spread_weights(weights, distribution)
-        scale = torch.as_tensor(self.record.scale).max().to(spread)
         if self.inputs is not None:
             curvature = self._of_units(spread, self.inputs, with_matrix)
         else:
             curvature = self._of_entries(spread, with_matrix)
-        return replace(curvature, leverage=curvature.leverage * scale, mass=weights.sum())
+        leverage = curvature.leverage * self.record.largest_scale
+        return replace(curvature, leverage=leverage, mass=weights.sum())
 
     def _of_units(self, spread: Tensor, inputs: Tensor, with_matrix: bool) -> Curvature:
         fisher = self.fisher[..., 0, 0]

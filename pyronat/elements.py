@@ -58,7 +58,6 @@ class ElementFactor(Factor):
             wide = self.data.own(bound.expand(self.group.fisher.shape[:-2])).reshape(-1)
             eye = torch.eye(size, dtype=own.dtype, device=own.device)
             reference = wide[self.elements][:, None, None] * eye
-        scale = torch.as_tensor(self.record.scale).max().to(own)
         reached = (own > 0).to(own.dtype)
         norms = reference.diagonal(dim1=1, dim2=2).sqrt() * self.jacobian.abs().sum(2)
         operator: BlockOperator | None = None
@@ -71,7 +70,7 @@ class ElementFactor(Factor):
         largest = largest_eigenvalue_bound(reference @ self.jacobian @ self.jacobian.mT)
         return Curvature(
             operator,
-            leverage=reached * scale * largest,
+            leverage=reached * self.record.largest_scale * largest,
             reach=2 * reached * norms.amax(1),
             mass=weights.sum(),
         )

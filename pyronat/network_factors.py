@@ -53,10 +53,9 @@ class LayerFactor(Factor):
         mass = of_data.sum().clamp_min(torch.finfo(of_data.dtype).tiny)
         tiny = torch.finfo(spread.dtype).tiny
         mean_reach = spread @ inputs.abs().sum(1) / spread.sum().clamp_min(tiny)
-        scale = torch.as_tensor(self.record.scale).max().to(inputs)
         return Curvature(
             operator,
-            leverage=scale * (moved @ inputs.square().sum(1)) / mass,
+            leverage=self.record.largest_scale * (moved @ inputs.square().sum(1)) / mass,
             reach=2 * (moved.sum(1) / mass).sqrt() * mean_reach,
             mass=of_data.sum(),
         )
@@ -142,7 +141,6 @@ class RowsFactor(Factor):
         scaled = self._weighted(self.pieces, of_data)
         largest = scaled if self.reference is None else self._weighted(self.reference, of_data)
         mass = of_data.sum().clamp_min(torch.finfo(of_data.dtype).tiny)
-        scale = torch.as_tensor(self.record.scale).max().to(like)
         trace = torch.stack([piece.squares().sum() for piece in largest]).sum() / mass
         operator: BlockOperator | None = None
         if with_matrix and self.structure == "diagonal":
@@ -152,7 +150,7 @@ class RowsFactor(Factor):
         size = sum(piece.width for piece in scaled)
         return Curvature(
             operator,
-            leverage=(scale * trace).unsqueeze(0),
+            leverage=(self.record.largest_scale * trace).to(trace).unsqueeze(0),
             reach=2 * (trace * size).sqrt().unsqueeze(0),
             mass=of_data.sum(),
         )

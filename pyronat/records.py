@@ -68,6 +68,11 @@ class SiteRecord:
         return weights
 
     @property
+    def largest_scale(self) -> float | Tensor:
+        """The largest scale of an element, a number or a 0-d tensor."""
+        return self.scale.max() if isinstance(self.scale, Tensor) else self.scale
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating type of the distribution's tensors."""
         tensors = distribution_tensors(self.distribution)

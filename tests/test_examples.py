@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from examples import lightning_loop, mnist, streaming, zoo
-from examples.comparison import Averaged
+from examples.comparison import Averaged, reached
 from models import bayes_net
 from models.registry import programs
 from pyronat.tracing import stored_leaves
@@ -98,6 +98,14 @@ def check_digits(output: Path, printed: str) -> None:
     finals = {m["method"]: m["nll"] for m in lines if (m["split"], m["epoch"]) == ("test", 2)}
     assert len(finals) == 4
     assert all(15 < nll < 25 for nll in finals.values())
+
+
+def test_curves_are_read_between_their_points() -> None:
+    curve = [(1.0, 5.0), (2.0, 3.0), (4.0, 2.0), (5.0, 2.5)]
+    assert reached(curve, 5.5) == 1.0
+    assert reached(curve, 4.0) == 1.5
+    assert reached(curve, 2.25) == 3.5
+    assert reached(curve, 1.0) is None
 
 
 def check_own_model(output: Path, printed: str) -> None:

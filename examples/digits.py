@@ -3,8 +3,9 @@
 The data are scikit-learn's 8 x 8 digits, binarized; the model is a Helmholtz machine with layers
 of 64, 32 and 16 units, trained with reweighted wake-sleep. All methods use the same loss with the
 same number of particles, the same batches, the same initial parameters and a rate that decays
-linearly to 0.02 of its start over the run. Adam's rate is picked from a grid by its likelihood on
-a validation split; the natural gradients start from one fixed rate.
+linearly to 0.02 of its start over the run, and they take turns, epoch by epoch. Adam's rate is
+picked from a grid by its likelihood on a validation split; the natural gradients start from one
+fixed rate.
 
 Run it as `python -m examples.digits`, or with `--quick` for a small version. It prints the
 structure of the model, trains, prints a table, and writes to the output folder:
@@ -18,7 +19,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -269,44 +271,90 @@ def negative_log_likelihood(machine: Helmholtz, x: Tensor, settings: Settings) -
     return -float(machine.importance_log_likelihood(x, settings.eval_samples).mean())
 
 
-def train(method: Method, task: Task, seed: int, settings: Settings) -> Run:
-    """Trains a new machine.
+class Training:
+    """A run in progress, with parameters and random numbers of its own: runs can take turns."""
+
+    def __init__(self, method: Method, task: Task, seed: int, settings: Settings) -> None:
+        """Makes a new machine.
+
+        Args:
+            method: The method.
+            task: The data.
+            seed: Seed of the initial parameters, the batches and the particles.
+            settings: The settings.
+        """
+        self.method, self.epochs = method, list[Epoch]()
+        self._task, self._seed, self._settings = task, seed, settings
+        self._loss, self._order = make_loss(settings), torch.Generator().manual_seed(seed)
+        self._stored: dict[str, dict[str, object]] = {"params": {}, "constraints": {}}
+        self._random = torch.get_rng_state()
+        num_steps = settings.epochs * -(-task.train.shape[0] // settings.batch_size)
+        with self._in_place():
+            self._machine = make_machine(task.train, seed, settings.sizes)
+            self._step = method.make(self._machine, method.rate, num_steps, self._loss)
+
+    @contextmanager
+    def _in_place(self) -> Generator[None, None, None]:
+        """In this context Pyro's parameters and the random numbers are those of this run."""
+        with pyro.get_param_store().scope(self._stored), torch.random.fork_rng():
+            torch.set_rng_state(self._random)
+            try:
+                yield
+            finally:
+                self._random = torch.get_rng_state()
+
+    def advance(self) -> None:
+        """Trains for one epoch."""
+        task, settings = self._task, self._settings
+        number = len(self.epochs) + 1
+        before = self.epochs[-1].seconds if self.epochs else 0.0
+        with self._in_place():
+            start = time.perf_counter()
+            mean, ess = train_epoch(
+                self._step, self._loss, task.train, settings.batch_size, self._order
+            )
+            seconds = before + time.perf_counter() - start
+            nll = None
+            if task.every_epoch or number == settings.epochs:
+                nll = negative_log_likelihood(self._machine, task.evaluation, settings)
+        self.epochs.append(Epoch(number, seconds, mean, ess, nll))
+
+    def finished(self) -> Run:
+        """The run, once all epochs are over."""
+        with self._in_place():
+            return Run(
+                self.method,
+                self._task.split,
+                self._seed,
+                self.epochs,
+                negative_log_likelihood(self._machine, self._task.train, self._settings),
+                self._machine.sample(NUM_FANTASIES).means,
+            )
+
+
+def train(methods: Sequence[Method], task: Task, seed: int, settings: Settings) -> list[Run]:
+    """Trains a new machine by each method, epoch by epoch in turn.
+
+    A machine that is busy with other work is so for all of them alike.
 
     Args:
-        method: The method.
+        methods: The methods.
         task: The data.
         seed: Seed of the initial parameters, the batches and the particles.
         settings: The settings.
 
     Returns:
-        The finished run.
+        The finished runs.
     """
-    machine = make_machine(task.train, seed, settings.sizes)
-    num_steps = settings.epochs * -(-task.train.shape[0] // settings.batch_size)
-    loss = make_loss(settings)
-    step = method.make(machine, method.rate, num_steps, loss)
-    generator = torch.Generator().manual_seed(seed)
-    seconds = 0.0
-    epochs = []
-    label = f"{method.name}, rate {method.rate:g}, seed {seed}"
-    with tqdm(range(1, settings.epochs + 1), desc=label, unit="epoch") as bar:
-        for epoch in bar:
-            start = time.perf_counter()
-            mean, ess = train_epoch(step, loss, task.train, settings.batch_size, generator)
-            seconds += time.perf_counter() - start
-            nll = None
-            if task.every_epoch or epoch == settings.epochs:
-                nll = negative_log_likelihood(machine, task.evaluation, settings)
-            epochs.append(Epoch(epoch, seconds, mean, ess, nll))
-            bar.set_postfix(loss=f"{mean:.2f}", ess="-" if ess is None else f"{ess:.2f}")
-    return Run(
-        method,
-        task.split,
-        seed,
-        epochs,
-        negative_log_likelihood(machine, task.train, settings),
-        machine.sample(NUM_FANTASIES).means,
-    )
+    trainings = [Training(method, task, seed, settings) for method in methods]
+    with tqdm(total=settings.epochs, desc=f"{task.split}, seed {seed}", unit="epoch") as bar:
+        for _ in range(settings.epochs):
+            for training in trainings:
+                training.advance()
+            losses = {f"{t.method.name} {t.method.rate:g}": t.epochs[-1].loss for t in trainings}
+            bar.set_postfix({name: f"{loss:.2f}" for name, loss in losses.items()})
+            bar.update()
+    return [training.finished() for training in trainings]
 
 
 def train_epoch(
@@ -348,11 +396,8 @@ def search_rate(x: Tensor, settings: Settings) -> list[Run]:
         One run for each rate and seed.
     """
     task = Task(x[:-NUM_VALIDATION], x[-NUM_VALIDATION:], "validation", every_epoch=False)
-    return [
-        train(Method("Adam", rate, make_adam), task, seed, settings)
-        for rate in settings.rates
-        for seed in range(settings.seeds)
-    ]
+    methods = [Method("Adam", rate, make_adam) for rate in settings.rates]
+    return [run for seed in range(settings.seeds) for run in train(methods, task, seed, settings)]
 
 
 def best_rate(runs: Sequence[Run]) -> float:
@@ -571,9 +616,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Method("natural, visible", NATURAL_RATE, partial(make_natural, geometry=pyronat.Visible())),
     ]
     task = Task(x_train, x_test, "test", every_epoch=True)
-    runs = [
-        train(method, task, seed, settings) for method in methods for seed in range(settings.seeds)
-    ]
+    runs = [run for seed in range(settings.seeds) for run in train(methods, task, seed, settings)]
     print(f"\nNegative log likelihood in nats per datum, seeds per method: {settings.seeds}")
     print(table(runs))
 

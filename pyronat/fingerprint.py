@@ -52,6 +52,57 @@ def fingerprint(
     return _digest("run", tuple(_of_site(record, graphs) for record in records))
 
 
+def outline(
+    records: Sequence[SiteRecord], params: Mapping[str, Tensor], positions: bool = True
+) -> tuple[object, ...]:
+    """All that `fingerprint` depends on, node by node: longer, but had in a third of the time.
+
+    Runs of equal outlines have equal fingerprints; the reverse need not be so, as distributions
+    may hold more tensors once they have been asked for them.
+
+    Args:
+        records: the random sites.
+        params: unconstrained leaves by name.
+        positions: as of `fingerprint`.
+
+    Returns:
+        What can be hashed and compared.
+    """
+    names = {id(leaf): name for name, leaf in params.items()}
+    values = [record.value for record in records if record.value.requires_grad]
+    constants = {id(value) for value in values}
+    numbers: dict[Edge, int] = {edge_of(v): -1 for v in values if v.grad_fn is not None}
+    found: list[object] = []
+    for record in records:
+        found += (record.name, family_name(record.distribution))
+        found += (tuple(plate.name for plate in record.plates),)
+        for alternatives in held_tensors(record.distribution):
+            found.append(len(alternatives))
+            for tensor in alternatives:
+                if not tensor.requires_grad or id(tensor) in constants:
+                    found.append(None)
+                elif tensor.grad_fn is None:
+                    found.append(("parameter", names.get(id(tensor))))
+                else:
+                    stack: list[Edge] = [edge_of(tensor)]
+                    while stack:
+                        edge = stack.pop()
+                        node = edge[0]
+                        if edge in numbers or node is None:
+                            found.append(numbers.get(edge))
+                            continue
+                        numbers[edge] = len(numbers)
+                        sources = node.next_functions
+                        leaf = None if sources else getattr(node, "variable", None)
+                        if leaf is not None:
+                            known = None if id(leaf) in constants else names.get(id(leaf))
+                            found.append(("parameter", known, id(leaf) in constants))
+                        else:
+                            found += (_kind(edge, positions), len(sources))
+                            stack.extend(sources)
+    return tuple(found)
+
+
 def _of_site(record: SiteRecord, graphs: _Graphs) -> str:
     family = family_name(record.distribution)
     plates = tuple(plate.name for plate in record.plates)
@@ -113,7 +164,7 @@ class _Graphs:
             if edge in known:
                 stack.pop()
                 continue
-            node, number = edge
+            node = edge[0]
             variable = getattr(node, "variable", None)
             if variable is not None:
                 known[edge] = self._of_leaf(variable)
@@ -128,15 +179,18 @@ class _Graphs:
             known[edge] = _NOTHING
             if depth:
                 digests = tuple(part.digest for part in parts)
-                kind = self._kind(node, number)
+                kind = ":".join(map(str, _kind(edge, self._positions)))
                 known[edge] = _Signature(1 + depth, _digest(kind, digests))
         return known[root]
 
-    def _kind(self, node: Any, number: int) -> str:
-        name = str(node.name())
-        if name not in _SAVED or not self._positions:
-            return f"{name}:{number}"
-        return f"{name}:{number}:{[getattr(node, part, None) for part in _SAVED[name]]}"
+
+def _kind(edge: Edge, positions: bool) -> tuple[Any, ...]:
+    """What a node computes, and which of its outputs an edge is; places that it reads if asked."""
+    node, number = edge
+    name = node.name()
+    if name not in _SAVED or not positions:
+        return name, number
+    return name, number, str([getattr(node, part, None) for part in _SAVED[name]])
 
 
 @lru_cache(maxsize=2**16)

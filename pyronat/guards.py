@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,13 +14,15 @@ from torch.utils._pytree import tree_leaves
 from pyronat.errors import InvalidData, NonFiniteStep
 
 
+@torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all entries are finite, with one transfer from the device."""
-    sums = [tensor.detach().sum() for tensor in tensors]
+    sums = [tensor.sum() for tensor in tensors]
     if not sums:
         return True
-    first = sums[0]
-    return bool(torch.isfinite(torch.stack([part.to(first) for part in sums])).all())
+    if len({(part.device, part.dtype) for part in sums}) > 1:
+        sums = [part.to(sums[0]) for part in sums]
+    return math.isfinite(torch.stack(sums).sum().item())
 
 
 @contextmanager

@@ -8,7 +8,7 @@ been seen is analyzed as soon as it occurs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from pyronat.analysis import network_of
 from pyronat.autograd import Edge, edge_of, leaves
 from pyronat.errors import StructureChanged, UnsupportedProgram
 from pyronat.families import family_name
-from pyronat.fingerprint import fingerprint
+from pyronat.fingerprint import fingerprint, outline
 from pyronat.flows import follow
 from pyronat.graph import BayesNet
 from pyronat.partition import union
@@ -38,6 +38,9 @@ ATTEMPTS = 8
 
 MAX_BRANCHES = 32
 """Runs of unknown structure that are analyzed in one step."""
+
+MAX_OUTLINES = 256
+"""Outlines of known runs that are remembered."""
 
 Result = TypeVar("Result")
 
@@ -77,6 +80,9 @@ class KnownProgram:
     net: BayesNet
     runs: frozenset[str]
     positions: bool = True
+    _outlines: set[tuple[object, ...]] = field(
+        default_factory=set, init=False, repr=False, compare=False
+    )
 
     def check(self, records: Sequence[SiteRecord], params: Mapping[str, Tensor]) -> None:
         """Compares a run with those that are known.
@@ -88,8 +94,14 @@ class KnownProgram:
         Raises:
             UnknownStructure: if the run is of another structure than all known ones.
         """
+        seen = outline(records, params, self.positions)
+        if seen in self._outlines:
+            return
         if fingerprint(records, params, self.positions) not in self.runs:
             raise UnknownStructure(self, records, params)
+        if len(self._outlines) >= MAX_OUTLINES:
+            self._outlines.clear()
+        self._outlines.add(seen)
 
 
 def know(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> KnownProgram:

@@ -19,18 +19,30 @@ from torch.distributions import constraints
 from torch.nn.functional import linear
 
 from pyronat.autograd import edge_of
-from pyronat.fingerprint import fingerprint
+from pyronat.fingerprint import fingerprint, outline
 from pyronat.programs import know
 from pyronat.tracing import dream, params_of, records_of, run_constant
 
 Program = Callable[..., Any]
 
 
-def mark(program: Program, *args: Any, positions: bool = True) -> str:
-    """Fingerprint of a plain run, sample values attached where they are reparametrized."""
+MARKS: dict[Any, str] = {}
+"""Fingerprints of all runs of these tests, by their outlines."""
+
+
+def traced(program: Program, *args: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A plain run, sample values attached where they are reparametrized."""
     with pyro.validation_enabled(False):
         trace = poutine.trace(program).get_trace(*args)
-    return fingerprint(records_of(trace), params_of(trace), positions)
+    return records_of(trace), params_of(trace)
+
+
+def mark(program: Program, *args: Any, positions: bool = True) -> str:
+    """Fingerprint of a plain run; those of equal outlines are equal."""
+    run = traced(program, *args)
+    found = fingerprint(*run, positions)
+    assert MARKS.setdefault(outline(*run, positions), found) == found
+    return found
 
 
 def net(x: Tensor) -> None:
@@ -290,6 +302,18 @@ def test_another_structure_is_another_text(program: Program) -> None:
 
 def test_all_of_them_differ_from_each_other() -> None:
     assert len({mark(program, X) for program in [base, *OTHERS]}) == 1 + len(OTHERS)
+
+
+@pytest.mark.parametrize("program", [base, net, model, guide, *OTHERS])
+def test_outlines_of_runs_of_one_program_are_equal(program: Program) -> None:
+    expected = outline(*traced(program, X))
+    for seed in range(2):
+        pyro.set_rng_seed(seed)
+        assert outline(*traced(program, X[: 5 + seed])) == expected
+
+
+def test_outlines_differ_where_fingerprints_do() -> None:
+    assert len({outline(*traced(p, X)) for p in [base, *OTHERS]}) == 1 + len(OTHERS)
 
 
 @pytest.mark.parametrize("program", [other_column, other_start, other_step])

@@ -614,6 +614,31 @@ def _unknown(svi: NaturalSVI, model: Program) -> UnknownStructure:
     return caught.value
 
 
+def test_runs_that_have_been_seen_are_known_by_their_outlines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[None] = []
+    made = pyronat.programs.fingerprint
+    monkeypatch.setattr(pyronat.programs, "MAX_OUTLINES", 2)
+    monkeypatch.setattr(
+        pyronat.programs, "fingerprint", lambda *args: taken.append(None) or made(*args)
+    )
+    runs = []
+    for program in (one_more_site, either_net):
+        trace = pyro.poutine.trace(program).get_trace(X)
+        runs.append((pyronat.tracing.records_of(trace), pyronat.tracing.params_of(trace)))
+    known = KnownProgram(BayesNet((), (), ()), frozenset(made(*run) for run in runs))
+    for run in runs * 3:
+        known.check(*run)
+    assert len(taken) == 2
+    known = KnownProgram(known.net, frozenset([made(*runs[0])]))
+    for _ in range(2):
+        known.check(*runs[0])
+        with pytest.raises(UnknownStructure):
+            known.check(*runs[1])
+    assert len(taken) == 2 + 1 + 2
+
+
 @pytest.mark.parametrize("program", ["either net", "other operation", "shared bias"])
 @pytest.mark.parametrize("particles", [1, 3])
 def test_the_step_that_learns_a_branch_is_the_step_that_knew_it(

@@ -195,9 +195,10 @@ class UnitFactor(Factor):
     def _of_units(self, spread: Tensor, inputs: Tensor, with_matrix: bool) -> Curvature:
         fisher = self.fisher[..., 0, 0]
         weighted = (spread * fisher).reshape(-1, self.units)
-        if self.slope is not None:
-            weighted = weighted * self.slope**2
-        reference = self._reference(fisher)
+        squared = None if self.slope is None else self.slope**2
+        if squared is not None:
+            weighted = weighted * squared
+        reference = self._reference(fisher, squared)
         share = self.by_input(spread.reshape(-1, self.units).sum(1, keepdim=True)).squeeze(1)
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
         operator: BlockOperator | None = None
@@ -209,13 +210,13 @@ class UnitFactor(Factor):
             reach=2 * reference.sqrt() * (share @ inputs.abs().sum(1)),
         )
 
-    def _reference(self, fisher: Tensor) -> Tensor:
+    def _reference(self, fisher: Tensor, squared: Tensor | None) -> Tensor:
         """Largest Fisher weight of each linear unit in its preactivation `[units]`."""
         bound = fisher if self.bound is None else torch.as_tensor(self.bound).to(fisher)
-        if self.slope is None and bound.dim() == 0:
+        if squared is None and bound.dim() == 0:
             return bound.expand(self.units)
         largest = bound.expand_as(fisher).reshape(-1, self.units)
-        return (largest if self.slope is None else largest * self.slope**2).amax(0)
+        return (largest if squared is None else largest * squared).amax(0)
 
     def by_input(self, values: Tensor) -> Tensor:
         """Values `[repeats * rows, n]` of linear units, summed over the copies of each row."""

@@ -472,7 +472,7 @@ def own_random_numbers(seed: int) -> Generator[None, None, None]:
 
 @contextmanager
 def own_torch_numbers(seed: int) -> Generator[None, None, None]:
-    """The same for what draws from torch alone, as this library's own estimates do."""
+    """As `own_random_numbers`, for what draws from torch alone; those of numpy and Python stay."""
     with torch.random.fork_rng():
         _set_torch_seed(seed)
         yield

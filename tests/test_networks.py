@@ -792,7 +792,7 @@ def test_what_is_large_is_measured_less_often(monkeypatch: pytest.MonkeyPatch) -
     x, y = torch.randn(5, 4), torch.ones(5, 2)
     asked = pyronat.steps.RunningAverage(0.5, 3)
     for model, given, entries, *periods in [
-        (units, None, 2 * 4**2, 5, 20),
+        (units, None, 2 * 4**2, 5, 40),
         (units, None, 2 * 4**2 - 1, 20, None),
         (network, None, 10**6, 20, 80),
         (network, asked, 10**6, 3, None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import pyro.optim
 from torch import Tensor
@@ -288,7 +288,9 @@ class NaturalGradient(pyro.optim.PyroOptim):
 
     @property
     def due(self) -> frozenset[Role]:
-        """The programs whose curvature this step measures."""
+        """The programs whose curvature the next step measures; before the first one, both."""
+        if not self.bound:
+            return frozenset(get_args(Role))
         if any(not side.complete for side in self.sides.values()):
             return frozenset(self.sides)
         rule, step, guide = self.curvature, self.step_count, self.sides["guide"]

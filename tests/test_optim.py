@@ -371,6 +371,7 @@ def test_a_schedule_sets_the_rate_of_every_step(schedule: Callable[[int], float]
 @pytest.mark.parametrize("refresh", [1, 3, 5])
 def test_curvature_is_measured_when_it_is_due(refresh: int) -> None:
     svi = gaussian(curvature=RunningAverage(refresh=refresh))
+    assert svi.optim.due == {"model", "guide"}
     measured = []
     for _ in range(10):
         svi.step(X)

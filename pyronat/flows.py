@@ -303,7 +303,7 @@ def _log_prob(record: SiteRecord) -> Tensor:
     batch = record.distribution.batch_shape
     try:
         log_prob = record.distribution.log_prob(record.value)
-    except NotImplementedError:
+    except (NotImplementedError, KeyError):  # a transform has no inverse of given values
         everything = [t.sum() for t in distribution_tensors(record.distribution)]
         log_prob = sum(everything, torch.zeros_like(record.value, dtype=torch.float64).sum())
     return log_prob if log_prob.shape == batch else log_prob.expand(batch)

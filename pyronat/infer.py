@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -14,10 +14,11 @@ from typing import Any, TypeAlias
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
-from pyro.util import get_rng_state, set_rng_state
+from pyro.util import get_rng_state
 from torch import Tensor
 
 from pyronat.averaging import Exchange
+from pyronat.buffers import kept_buffers, noted_buffers
 from pyronat.checkpoints import Claims, read, write
 from pyronat.errors import NoAverage, NonFiniteStep, StructureChanged
 from pyronat.expectation import Averaging, LossObserver, check_simulable
@@ -41,14 +42,14 @@ from pyronat.sides import Role, Side
 from pyronat.steps import Searched, Tally
 from pyronat.telling import tell
 from pyronat.tracing import (
+    FreshTransforms,
+    create_parameters,
     data_count,
     guide_messenger,
     own_torch_numbers,
     params_of,
     random_state,
-    set_random_state,
     stored_leaves,
-    stored_parameters,
 )
 from pyronat.trials import (
     Judge,
@@ -135,7 +136,7 @@ class NaturalSVI:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Estimate of the loss in nats; nothing is changed."""
-        with torch.no_grad(), Claims(self._unclaimed):
+        with torch.no_grad(), kept_buffers(), FreshTransforms(), Claims(self._unclaimed):
             return number_of(self.loss.loss(self.model, self.guide, *args, **kwargs))
 
     @contextmanager
@@ -307,7 +308,7 @@ class NaturalSVI:
         sides: Mapping[Role, Side] = optim.sides
         trial = Trial(None, False, optim.caution, optim.caution, 0, False)
         state = optim.caution, optim.watch
-        with poutine.trace(param_only=True) as capture:
+        with poutine.trace(param_only=True) as capture, noted_buffers() as buffers:
             try:
                 loss = self._backward(observer, call, judged)
                 params = params_of(capture.trace)
@@ -325,10 +326,13 @@ class NaturalSVI:
                     sides, trial = self._move(sides, gradients, params, loss, call)
             except BaseException:
                 optim.caution, optim.watch = state
+                buffers.restore()
                 raise
             finally:
                 for leaf in params_of(capture.trace).values():
                     leaf.grad = None
+        if not trial.finite:
+            buffers.restore()
         self._rejected = 0 if trial.finite else self._rejected + 1
         samples = getattr(self.loss, "ess", None), self._dream_ess
         report = describe(optim, sides, trial, loss, samples, bool(due), self._rejected)
@@ -430,18 +434,8 @@ class NaturalSVI:
 
     def _analyze_here(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Analyzes the programs at the parameters as they are."""
-        stored, before = stored_parameters(), get_rng_state()
-        try:
-            with torch.random.fork_rng(), poutine.block(), torch.no_grad(), Claims(self._unclaimed):
-                guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-                poutine.replay(self.model, trace=guide_trace)(*args, **kwargs)
-                after = random_state(), get_rng_state()
-        except BaseException:
-            set_rng_state(before)
-            raise
-        set_rng_state(before if stored == stored_parameters() else after[1])
-        if stored != stored_parameters():
-            set_random_state(after[0])
+        with Claims(self._unclaimed):
+            create_parameters(self.model, self.guide, args, kwargs)
         model = know(self.model, args, kwargs)
         guide = self._of_guide(know(self.guide, args, kwargs), model)
         check_same_program(
@@ -528,13 +522,24 @@ class NaturalSVI:
             return None if self.info is None else self.info.kl
 
         try:
-            with inside_domain(last_kl), explained(args, kwargs), watch_traces(self.loss, observer):
+            with (
+                inside_domain(last_kl),
+                explained(args, kwargs),
+                watch_traces(self.loss, observer),
+                self._fresh_transforms(),
+            ):
                 loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
         except (NonFiniteStep, ValueError, RuntimeError) as error:
             if judged or self.optim.last is None or self.optim.rejection is None:
                 raise
             raise Suspect(math.nan, error=error) from error
         return number_of(loss)
+
+    def _fresh_transforms(self) -> AbstractContextManager[Any]:
+        """`FreshTransforms`, where a program is known to have distributions with transforms."""
+        sites = (site for side in self.optim.sides.values() for site in side.net.sites)
+        transformed = any(site.family.startswith("TransformedDistribution") for site in sites)
+        return FreshTransforms() if transformed else nullcontext()
 
 
 def _mixed(seed: int, step: int) -> int:

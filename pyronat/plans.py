@@ -46,6 +46,8 @@ class Plan:
             where the block is held in Kronecker factors.
         layouts: their layouts, by name.
         blocks_of: (site, group of coordinates) → names of its blocks.
+        unmeasured: why parameters of other blocks are not measured, though nobody has excluded
+            them, by name.
     """
 
     program: KnownProgram
@@ -53,6 +55,7 @@ class Plan:
     blocks: dict[str, ParamBlock]
     layouts: dict[str, Layout]
     blocks_of: dict[tuple[str, str], tuple[str, ...]]
+    unmeasured: dict[str, str]
 
     @cached_property
     def widths(self) -> dict[str, int]:
@@ -95,6 +98,7 @@ def make_plan(
         program.net, blocks=tuple(_chosen(block, structures or {}) for block in program.net.blocks)
     )
     blocks: dict[str, ParamBlock] = {}
+    unmeasured: dict[str, str] = {}
     for whole in net.blocks:
         if left_out & set(whole.params):
             continue
@@ -103,6 +107,8 @@ def make_plan(
             raise obstacle
         if obstacle is None and (required or whole.explicit):
             blocks.update((block.name, block) for block in _measured(whole))
+        else:
+            unmeasured.update(dict.fromkeys(whole.params, _why_unmeasured(whole, net)))
     blocks_of: dict[tuple[str, str], tuple[str, ...]] = {}
     for name, block in blocks.items():
         for factor in block.factors:
@@ -113,6 +119,7 @@ def make_plan(
         blocks=blocks,
         layouts={name: layout_of(block) for name, block in blocks.items()},
         blocks_of=blocks_of,
+        unmeasured=unmeasured,
     )
 
 
@@ -225,12 +232,10 @@ def _obstacle(block: ParamBlock, net: BayesNet) -> PyronatError | None:
         f"leave {block.name} to another optimizer with NaturalGradient(exclude=[...]), or choose "
         "Euclidean() for this program"
     )
-    if any(group == UNKNOWN_FAMILY for _, group in block.factors):
-        families = {site.name: site.family for site in net.sites}
-        kinds = ", ".join(f"{name} ({families[name]})" for name in block.sites)
+    if _is_unknown(block):
         return UnsupportedDistribution(
             "no Fisher information, in closed form or from simulated values, at site "
-            f"{kinds}; {advice}"
+            f"{_kinds(block, net)}; {advice}"
         )
     if all(block.linear) or block.structure not in {"unit", "dense", "diagonal"}:
         return None
@@ -245,3 +250,21 @@ def _obstacle(block: ParamBlock, net: BayesNet) -> PyronatError | None:
             f"{MAX_JACOBIAN_ENTRIES} are differentiated; {advice}"
         )
     return None
+
+
+def _why_unmeasured(block: ParamBlock, net: BayesNet) -> str:
+    """Why a side without a metric does not measure a block."""
+    if _is_unknown(block):
+        return f"the score of {_kinds(block, net)} cannot be simulated"
+    return f"blocks of {block.size} entries are not measured where there is no metric"
+
+
+def _is_unknown(block: ParamBlock) -> bool:
+    """Whether the block belongs to a distribution whose Fisher information is unknown."""
+    return any(group == UNKNOWN_FAMILY for _, group in block.factors)
+
+
+def _kinds(block: ParamBlock, net: BayesNet) -> str:
+    """The sites of a block with their families."""
+    families = {site.name: site.family for site in net.sites}
+    return ", ".join(f"{name} ({families[name]})" for name in block.sites)

@@ -12,13 +12,20 @@ from pyro.infer import ELBO
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
+from pyronat.buffers import kept_buffers
 from pyronat.curvature import Curvature, mix
 from pyronat.errors import UnsupportedProgram
 from pyronat.expectation import LossObserver, dream_curvature, exact_curvature
 from pyronat.geometry import Full, Visible
 from pyronat.sides import Role, Side
 from pyronat.spectrum import VisibleAverage
-from pyronat.tracing import Program, own_random_numbers, random_state, set_random_state
+from pyronat.tracing import (
+    FreshTransforms,
+    Program,
+    own_random_numbers,
+    random_state,
+    set_random_state,
+)
 from pyronat.visible import Dreamer, measure_visible
 from pyronat.visible_exact import exact_visible, observed_information
 
@@ -48,11 +55,15 @@ class Call:
 
     @contextmanager
     def replayed(self) -> Generator[None, None, None]:
-        """In this context random numbers are those of the call; afterwards they go on as before."""
+        """In this context random numbers are those of the call; afterwards they go on as before.
+
+        So do modules: their buffers are put back, and transforms start afresh.
+        """
         state = get_rng_state(), random_state()
         self.rewind()
         try:
-            yield
+            with kept_buffers(), FreshTransforms():
+                yield
         finally:
             set_rng_state(state[0])
             set_random_state(state[1])

@@ -91,7 +91,7 @@ def _score_group(
         lacking = "log density of given values"
         # A copy: transforms remember values by identity, with inverses that have no history.
         log_probs = distribution.log_prob(values.clone())
-    except (NotImplementedError, KeyError) as error:
+    except (NotImplementedError, KeyError, RuntimeError) as error:
         raise UnsupportedDistribution(
             f"{type(distribution).__name__} has no closed-form Fisher information, and its score "
             f"cannot be simulated: it has no {lacking}"

@@ -13,6 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from pyronat.buffers import kept_buffers
 from pyronat.curvature import Curvature, mix
 from pyronat.districts import plan_districts
 from pyronat.errors import UnsupportedProgram
@@ -277,6 +278,7 @@ def fisher(
 ) -> Fisher: ...
 
 
+@kept_buffers()
 def fisher(
     model: Callable[..., Any],
     *args: Any,

@@ -44,10 +44,12 @@ def tell(optim: NaturalGradient, stacklevel: int) -> None:
         and name not in owned
         and not optim.planner.excludes(name)
     }
+    for side in optim.sides.values():
+        left.update(side.plan.unmeasured)
     if left and optim.others is None:
         names = ", ".join(sorted(left)[:SHOWN]) + (", …" if len(left) > SHOWN else "")
         warnings.warn(
-            f"{names} have no Fisher information ({next(iter(left.values()))}) and take steps of "
+            f"{names} have no metric ({next(iter(left.values()))}) and take steps of "
             "Adam with rate 1e-3, which may be far from the right one; give "
             'NaturalGradient(others=pyro.optim.Adam({"lr": ...})), or exclude=[...] to keep it so',
             WithoutFisher,

@@ -24,10 +24,11 @@ from torch.distributions.constraints import real
 from torch.utils._pytree import tree_leaves
 
 from pyronat.autograd import leaves
+from pyronat.buffers import kept_buffers
 from pyronat.dataflow import Dataflow
 from pyronat.families import peel
 from pyronat.records import Plate, Run, SiteRecord
-from pyronat.wrappers import distribution_tensors
+from pyronat.wrappers import distribution_tensors, forget
 
 Program: TypeAlias = Callable[..., Any]
 """A model or a guide."""
@@ -180,6 +181,33 @@ def data_count(records: Sequence[SiteRecord]) -> float:
     return count if 0 < count < math.inf else 1.0
 
 
+def create_parameters(
+    model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Creates the parameters of model and guide as a first evaluation of a loss would.
+
+    Random numbers are used up only if there are new ones.
+
+    Args:
+        model: the model.
+        guide: its guide.
+        args: arguments of both.
+        kwargs: their keyword arguments.
+    """
+    stored, before = stored_parameters(), get_rng_state()
+    try:
+        with torch.random.fork_rng(), poutine.block(), torch.no_grad(), kept_buffers():
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            poutine.replay(model, trace=guide_trace)(*args, **kwargs)
+            after = random_state(), get_rng_state()
+    except BaseException:
+        set_rng_state(before)
+        raise
+    set_rng_state(before if stored == stored_parameters() else after[1])
+    if stored != stored_parameters():
+        set_random_state(after[0])
+
+
 def guide_messenger(program: Program) -> GuideMessenger | None:
     """The guide that runs its model along with itself, as an `AutoMessenger` does, or None."""
     unwrapped = poutine.unwrap(program)
@@ -214,6 +242,20 @@ class _Outermost(Messenger):
             self._visit(message)
 
 
+class FreshTransforms(Messenger):
+    """In this context transforms of distributions forget what they have computed before it.
+
+    They know values by identity, and would give back inverses by parameters of earlier steps.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._met: set[int] = set()
+
+    def _pyro_sample(self, message: dict[str, Any]) -> None:
+        forget(message["fn"], self._met)
+
+
 def _set_value(message: dict[str, Any], value: Tensor) -> None:
     message["value"] = value
     message["done"] = True
@@ -242,10 +284,12 @@ def quietly() -> Generator[None, None, None]:
 def repeatable() -> Generator[Callable[[], None], None, None]:
     """Yields a function that rewinds all random numbers; they are undisturbed afterwards.
 
+    So are the buffers of modules.
+
     Yields:
         A function that sets the generators of torch, numpy and Python back to where they were.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), kept_buffers():
         state = get_rng_state()
         try:
             yield lambda: set_rng_state(state)
@@ -460,9 +504,12 @@ def constant_samples() -> Messenger:
 
 @contextmanager
 def own_random_numbers(seed: int) -> Generator[None, None, None]:
-    """Runs programs on random numbers of their own; the caller's streams are not disturbed."""
+    """Runs programs on random numbers of their own; the caller's streams are not disturbed.
+
+    Nor are the buffers of modules.
+    """
     state = get_rng_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), kept_buffers():
         set_seed(seed)
         try:
             yield

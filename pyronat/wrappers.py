@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Transform
+from torch.distributions import Distribution, Transform, TransformedDistribution
 from torch.distributions.constraints import Constraint
 from torch.distributions.utils import lazy_property
 
@@ -156,6 +156,31 @@ def held_distributions(distribution: Distribution) -> Iterator[Distribution]:
         stack.extend(part for part in parts if isinstance(part, _HOLDERS))
 
 
+def forget(distribution: Distribution, met: set[int]) -> None:
+    """Makes the transforms of a distribution forget what they have computed last.
+
+    A value that they meet again has the inverse then that their parameters give it now.
+
+    Args:
+        distribution: with its wrappers.
+        met: identities of transforms that are left alone; those of the distribution are added.
+    """
+    layer: Any = distribution
+    while layer is not None:
+        if isinstance(layer, TransformedDistribution):
+            stack = list(layer.transforms)
+            while stack:
+                transform = stack.pop()
+                if id(transform) in met:
+                    continue
+                met.add(id(transform))
+                transform._cached_x_y = None, None
+                for part in _attributes(transform).values():
+                    parts = part if isinstance(part, (list, tuple)) else [part]
+                    stack.extend(inner for inner in parts if isinstance(inner, Transform))
+        layer = getattr(layer, "base_dist", None)
+
+
 def held_tensors(distribution: Distribution) -> list[tuple[Tensor, ...]]:
     """Tensors that a distribution holds, those together that are computed from one of them.
 
@@ -189,7 +214,8 @@ def held_tensors(distribution: Distribution) -> list[tuple[Tensor, ...]]:
                     seen.add(id(part))
                     found.append((part,))
             elif isinstance(part, _HOLDERS) and not isinstance(part, torch.Size):
-                stack.append(part)
+                if name not in lazy:  # as the gamma rate that a NegativeBinomial draws from
+                    stack.append(part)
         if alternatives and not any(str(name).startswith("_unbroadcasted") for name, _ in named):
             # Not even `_param` tells which one was given: an expanded distribution has there what
             # the original had computed.
@@ -203,8 +229,12 @@ def _attributes(item: Any) -> dict[Any, Any]:
     if isinstance(item, partial):
         # Conditional transforms bind their context so.
         return {"func": item.func, **dict(enumerate(item.args)), **item.keywords}
-    # Transforms remember the last value that they have seen.
-    return {name: part for name, part in vars(item).items() if not name.startswith("_cached")}
+    # Transforms remember what they have computed last.
+    return {
+        name: part
+        for name, part in vars(item).items()
+        if not (name.startswith("_") and "cache" in name)
+    }
 
 
 @cache

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"rates", "rejection", "drawing"}),
-    frozenset({"blocks", "lattices", "autograd", "operators", "steps", "guards"})
+    frozenset({"blocks", "lattices", "autograd", "operators", "steps", "guards", "buffers"})
     | {"closed_forms", "wrappers"},
     frozenset({"eigenvectors", "jacobians"}),
     frozenset({"unit_rows", "kronecker"}),

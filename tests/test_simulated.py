@@ -20,6 +20,7 @@ from pyronat.blocks import SCORE, SUPPORT
 from pyronat.errors import NoFisher, UnsupportedDistribution
 from pyronat.families import groups
 from pyronat.simulated import MAX_DRAWS, fisher_groups
+from pyronat.wrappers import distribution_tensors
 
 Make = Callable[..., Any]
 
@@ -184,3 +185,22 @@ def test_training_with_simulated_scores() -> None:
     assert losses[0] > best + 100
     # Maximum likelihood is below the loss of the true parameters.
     assert losses[-1] < best + 0.1
+
+
+def test_what_has_been_drawn_changes_no_structure() -> None:
+    """A `NegativeBinomial` keeps the gamma distribution that it draws from, once it has drawn."""
+
+    def model(x: Tensor) -> None:
+        count = pyro.param("count", torch.tensor(2.0), constraint=constraints.positive)
+        logit = pyro.param("logit", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.NegativeBinomial(count, logits=logit), obs=x)
+
+    x = torch.tensor([0.0, 3.0, 1.0, 7.0, 2.0, 4.0])
+    svi = NaturalSVI(model, lambda x: None, NaturalGradient(0.3))
+    losses = [svi.step(x) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    drawn = dist.NegativeBinomial(torch.tensor(2.0), logits=torch.tensor(0.5))
+    before = len(distribution_tensors(drawn))
+    drawn.sample()
+    assert len(distribution_tensors(drawn)) == before

@@ -59,7 +59,7 @@ def test_points_that_nobody_moves_are_warned_of() -> None:
         svi.step(X)
     assert len(caught) == 1 and caught[0].filename == __file__
     message = str(caught[0].message)
-    for words in ("scale have no Fisher", "rate 1e-3", "others=pyro.optim.Adam", "exclude=[...]"):
+    for words in ("scale have no metric", "rate 1e-3", "others=pyro.optim.Adam", "exclude=[...]"):
         assert words in message
     assert "mean" not in message
     svi.step(X)  # once is enough
@@ -202,7 +202,7 @@ def test_the_command_line_is_heard(tmp_path: Path, capsys: pytest.CaptureFixture
     handlers, level = list(log.handlers), log.level
     argv = ["train", str(path), "--steps", "2", "--quiet"]
     for options, words in (
-        ([], ("note: AutoDelta.mean have no Fisher",)),
+        ([], ("note: AutoDelta.mean have no metric",)),
         (["-v"], ("INFO pyronat.telling: model: 2 sites",)),
         (["-vv"], ("INFO pyronat.telling: model", "DEBUG pyronat.refresh: measured")),
     ):

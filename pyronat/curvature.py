@@ -28,6 +28,9 @@ from pyronat.tables import TableRows
 from pyronat.unit_rows import UnitRows
 from pyronat.weights import joined_dims, spread_weights, without_copies
 
+_BY_UNIT = (BlockMatrix, Diagonal)
+"""Operators that hold a tensor whose first dimension numbers the units."""
+
 
 @dataclass(frozen=True)
 class Curvature:
@@ -85,6 +88,27 @@ class Curvature:
             lerp_reached(self.reach, other.reach),
             lerp_reached(self.mass, other.mass),
         )
+
+    def visit(self, other: Curvature, share: float) -> Curvature:
+        """As `mix`, but a unit that one of them has not reached keeps the matrix of the other.
+
+        So local variables, which few batches hold, keep what they had when they were last seen.
+        """
+        mixed = self.mix(other, share)
+        assert mixed.operator is not None and other.operator is not None
+        operator = _of_units(other.reach > 0, mixed.operator, self.operator)
+        return replace(mixed, operator=_of_units(self.reach > 0, operator, other.operator))
+
+    def filled(self) -> BlockOperator:
+        """The operator, with the mean over the other units where none has been reached."""
+        assert self.operator is not None
+        reached = self.reach > 0
+        if not isinstance(self.operator, _BY_UNIT) or bool(reached.all()):
+            return self.operator
+        held = self.operator.held
+        weights = reached.to(held) / reached.sum().clamp_min(1)
+        mean = (weights @ held.flatten(1)).reshape(1, *held.shape[1:])
+        return _of_units(reached, self.operator, type(self.operator)(mean.expand_as(held)))
 
     def compact(self) -> Curvature:
         """The same in fewer numbers, see `BlockOperator.compact`."""
@@ -172,8 +196,9 @@ class UnitFactor(Factor):
 
     @property
     def fisher(self) -> Tensor:
-        """Fisher information of the family `[*batch, size, size]`."""
-        return self.group.fisher
+        """Fisher information of the family `[*batch, size, size]`, in the type of the block."""
+        like = self.jacobian if self.inputs is None else self.inputs
+        return self.group.fisher if like is None else self.group.fisher.to(like.dtype)
 
     @property
     def bound(self) -> Tensor | float | None:
@@ -195,7 +220,7 @@ class UnitFactor(Factor):
     def _of_units(self, spread: Tensor, inputs: Tensor, with_matrix: bool) -> Curvature:
         fisher = self.fisher[..., 0, 0]
         weighted = (spread * fisher).reshape(-1, self.units)
-        squared = None if self.slope is None else self.slope**2
+        squared = None if self.slope is None else self.slope.to(inputs.dtype) ** 2
         if squared is not None:
             weighted = weighted * squared
         reference = self._reference(fisher, squared)
@@ -269,6 +294,27 @@ class UnitFactor(Factor):
             return values
         total = values.new_zeros(len(self.table.first), *values.shape[1:])
         return total.index_add_(0, self.table.numbers, values)
+
+
+def _of_units(
+    mask: Tensor, operator: BlockOperator | None, other: BlockOperator | None
+) -> BlockOperator:
+    """The units of a mask `[count]` from an operator, the rest from another of its form.
+
+    Args:
+        mask: which units.
+        operator: where they are held one by one; else all are taken from it.
+        other: what has the rest.
+
+    Returns:
+        The operator.
+    """
+    assert operator is not None and other is not None
+    if not isinstance(operator, _BY_UNIT) or not isinstance(other, _BY_UNIT):
+        return operator
+    held = operator.held
+    mask = mask.reshape(-1, *[1] * (held.dim() - 1))
+    return type(operator)(torch.where(mask, held, other.held.to(held)))
 
 
 def _linear_units(structure: Structure, weights: Tensor, inputs: Tensor) -> BlockOperator:

@@ -262,6 +262,11 @@ class BlockMatrix(BlockOperator):
 
     matrix: Tensor
 
+    @property
+    def held(self) -> Tensor:
+        """What is held of each unit."""
+        return self.matrix
+
     def mv(self, vectors: Tensor) -> Tensor:
         """G x for `[count, size]`."""
         return (self.matrix @ vectors.unsqueeze(-1)).squeeze(-1)
@@ -300,6 +305,11 @@ class Diagonal(BlockOperator):
     """
 
     values: Tensor
+
+    @property
+    def held(self) -> Tensor:
+        """What is held of each unit."""
+        return self.values
 
     def mv(self, vectors: Tensor) -> Tensor:
         """G x for `[count, size]`."""

@@ -254,9 +254,9 @@ def _unit_products(factor: UnitFactor, scores: Tensor, rows: Tensor) -> _Product
     """Scores of linear units, of data that are wanted."""
     units, inputs = factor.units, factor.inputs
     assert inputs is not None
-    slopes = scores.reshape(-1, units)
+    slopes = scores.reshape(-1, units).to(inputs.dtype)
     if factor.slope is not None:
-        slopes = slopes * factor.slope
+        slopes = slopes * factor.slope.to(inputs.dtype)
     rows = rows.reshape(-1, units)
     repeats = len(slopes) // len(inputs)
     if factor.places is not None:
@@ -278,10 +278,11 @@ def _add_products(total: Tensor, products: Sequence[_Products]) -> None:
         else:
             row, unit = (some.places >= 0).nonzero(as_tuple=True)
             values = some.slopes[row, unit].unsqueeze(1) * some.inputs[row]
-            total.index_put_((some.places[row, unit], unit), values, accumulate=True)
+            cells = some.places[row, unit], unit
+            total.index_put_(cells, values.to(total.dtype), accumulate=True)
     for places, group in alike.items():
-        slopes = torch.stack([some.slopes for some in group], 2)
-        inputs = torch.stack([some.inputs for some in group], 1)
+        slopes = torch.stack([some.slopes for some in group], 2).to(total.dtype)
+        inputs = torch.stack([some.inputs for some in group], 1).to(total.dtype)
         pieces = _consecutive(places)
         if len(pieces) <= max(len(places) // FEW, 1):
             for own, rows in pieces:
@@ -307,8 +308,8 @@ def _add_entries(total: Tensor, factor: UnitFactor, scores: Tensor, rows: Tensor
         _add_rows(total, factor.jacobian, factor.table, scores[chosen], rows[chosen], chosen)
         return
     jacobian = factor.jacobian.unflatten(0, scores.shape)[chosen]
-    products = torch.einsum("nc,ncus->nus", scores[chosen], jacobian)
-    total.index_add_(0, rows[chosen], products)
+    products = torch.einsum("nc,ncus->nus", scores[chosen].to(jacobian.dtype), jacobian)
+    total.index_add_(0, rows[chosen], products.to(total.dtype))
 
 
 def _add_rows(
@@ -316,8 +317,8 @@ def _add_rows(
 ) -> None:
     """The same by rows of a table: the scores of a datum in each row are summed first."""
     count, size = len(table.first), scores.shape[1]
-    summed = scores.new_zeros(len(total) * count, size)
-    summed.index_add_(0, rows * count + table.numbers[chosen], scores)
+    summed = jacobian.new_zeros(len(total) * count, size)
+    summed.index_add_(0, rows * count + table.numbers[chosen], scores.to(jacobian.dtype))
     by_row = jacobian.unflatten(0, (count, size))
     total += torch.einsum("brc,rcus->bus", summed.unflatten(0, (-1, count)), by_row)
 

@@ -164,6 +164,8 @@ class Side:
         }
         known = {name: value for name, value in curvature.items() if name in kept}
         average = {**curvature, **(mix(kept, known, share) if kept else {})}
+        local = {name for name in known if self._is_local(name)}
+        average.update({name: kept[name].visit(known[name], share) for name in local})
         average = {name: value.compact() for name, value in average.items()}
         mixed = {
             name: self.visible[name].mix(new, share) if name in self.visible else new
@@ -175,6 +177,11 @@ class Side:
         """Whether one estimate says all: of a guide's global variables, which no data vary."""
         block = self.plan.blocks[name]
         return self.role == "guide" and block.exact and not block.plates and not block.network
+
+    def _is_local(self, name: str) -> bool:
+        """Whether units belong to a guide's local variables, of which a batch may hold a few."""
+        measured = self.natural and self.role == "guide" and not self._can_surprise(name)
+        return measured and self.plan.blocks[name].count > 1
 
     def _can_surprise(self, name: str) -> bool:
         """Whether a block is fitted to values that it may hold for impossible.
@@ -189,14 +196,15 @@ class Side:
         """This side with its blocks damped at a learning rate and factored."""
         solved = {}
         for name, curvature in self.average.items() if self.natural else ():
-            assert curvature.operator is not None
-            diagonal = curvature.operator.mean_diagonal()
+            operator = curvature.filled() if self._is_local(name) else curvature.operator
+            assert operator is not None
+            diagonal = operator.mean_diagonal()
             leverage = _filled(curvature.leverage)
             if not self._can_surprise(name):
                 leverage = torch.zeros_like(leverage)
             strength = damping(diagonal, leverage, lr).expand(diagonal.shape)
-            strength = curvature.operator.usable(strength)
-            solved[name] = self._solve(name, curvature.operator, strength)
+            strength = operator.usable(strength)
+            solved[name] = self._solve(name, operator, strength)
         return replace(self, solved=solved, spectra=self._spectra(solved))
 
     def _spectra(self, solved: Mapping[str, SolvedBlock]) -> dict[str, Spectrum]:
@@ -247,7 +255,7 @@ class Side:
         Returns:
             The directions.
         """
-        packed = {name: self.packed(name, gradients) for name in self.solved}
+        packed = {name: self._of_known(name, gradients) for name in self.solved}
         found: dict[str, Tensor] = {}
         damped: dict[str, float] = {}
         for some in self.spectra.values() if mixing != 1 else ():
@@ -260,8 +268,6 @@ class Side:
         for name, solved in self.solved.items():
             gradient = packed[name]
             direction = found[name] if name in found else solved.factor.solve(gradient)
-            if solved.known is not None:
-                direction = direction * solved.known.unsqueeze(1)
             vectors[name], product = direction, inner(gradient, direction)
             squares = torch.linalg.vector_norm(direction, dim=1).square()
             # A d = g with A damped, so dᵀAd needs no product with A.
@@ -332,6 +338,13 @@ class Side:
             if param not in gradients
         }
         return layout.pack({**zeros, **gradients} if zeros else gradients)
+
+    def _of_known(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Gradients `[count, size]` of a block, 0 for units that stay, as nothing is known."""
+        gradient, known = self.packed(name, gradients), self.solved[name].known
+        if known is None:
+            return gradient
+        return torch.where(known.unsqueeze(1), gradient, torch.zeros_like(gradient))
 
     def damped(self, name: str, vectors: Tensor) -> Tensor:
         """(G + λ) x of a block, for x `[count, size]`."""

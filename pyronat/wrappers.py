@@ -207,6 +207,8 @@ def held_tensors(distribution: Distribution) -> list[tuple[Tensor, ...]]:
         lazy = _computed_on_demand(kind)
         alternatives = []
         for name, part in named:
+            if name in lazy and str(name).startswith("_"):
+                continue  # computed from the others, as the rate that a count is drawn from
             if isinstance(part, Tensor):
                 if name in lazy or name == "_param":
                     alternatives.append(part)
@@ -214,8 +216,7 @@ def held_tensors(distribution: Distribution) -> list[tuple[Tensor, ...]]:
                     seen.add(id(part))
                     found.append((part,))
             elif isinstance(part, _HOLDERS) and not isinstance(part, torch.Size):
-                if name not in lazy:  # as the gamma rate that a NegativeBinomial draws from
-                    stack.append(part)
+                stack.append(part)
         if alternatives and not any(str(name).startswith("_unbroadcasted") for name, _ in named):
             # Not even `_param` tells which one was given: an expanded distribution has there what
             # the original had computed.

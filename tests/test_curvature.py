@@ -609,3 +609,37 @@ def test_blocks_without_a_score_are_refused_unless_excluded() -> None:
         make_plan(known)
     plan = make_plan(known, excluded=["p"])
     assert set(of_run(run, plan)) == {"q"}
+
+
+@pytest.mark.parametrize("geometry", [pyronat.Full(), pyronat.Visible()], ids=["full", "visible"])
+def test_parameters_of_two_types_are_trained(geometry: pyronat.Full | pyronat.Visible) -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        weight = pyro.param("weight", torch.zeros(2, 3, dtype=torch.float32))
+        loadings = pyro.param("loadings", torch.ones(2, dtype=torch.float64))
+        scale = pyro.param("scale", torch.ones((), dtype=torch.float32))
+        with pyro.plate("data", len(x)):
+            logits = torch.nn.functional.linear(x.float(), weight)
+            h = pyro.sample("h", dist.Bernoulli(logits=logits).to_event(1))
+            pyro.sample("y", dist.Normal(h.double() @ loadings, scale.double().exp()), obs=y)
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        logits = pyro.param("logits", torch.zeros(2, dtype=torch.float32))
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=logits).expand([2]).to_event(1))
+
+    x, y = torch.randn(20, 3, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
+    svi = pyronat.NaturalSVI(
+        model,
+        guide,
+        pyronat.NaturalGradient(0.1, geometry),
+        pyronat.ReweightedWakeSleep(num_particles=5),
+    )
+    losses = [svi.step(x, y) for _ in range(15)]
+    assert losses[-1] < losses[0]
+    types = {name: value.dtype for name, value in pyro.get_param_store().items()}
+    assert types == {
+        "weight": torch.float32,
+        "loadings": torch.float64,
+        "scale": torch.float32,
+        "logits": torch.float32,
+    }

@@ -187,20 +187,27 @@ def test_training_with_simulated_scores() -> None:
     assert losses[-1] < best + 0.1
 
 
-def test_what_has_been_drawn_changes_no_structure() -> None:
-    """A `NegativeBinomial` keeps the gamma distribution that it draws from, once it has drawn."""
+@pytest.mark.parametrize("name", ["NegativeBinomial", "VonMises"])
+def test_what_has_been_drawn_changes_no_structure(name: str) -> None:
+    """They keep what they draw by, once they have drawn: a gamma distribution, a proposal."""
+
+    def distribution(first: Any, second: Any) -> Any:
+        if name == "VonMises":
+            return dist.VonMises(second, first)
+        return dist.NegativeBinomial(first, logits=second)
 
     def model(x: Tensor) -> None:
-        count = pyro.param("count", torch.tensor(2.0), constraint=constraints.positive)
-        logit = pyro.param("logit", torch.tensor(0.0))
+        first = pyro.param("first", torch.tensor(2.0), constraint=constraints.positive)
+        second = pyro.param("second", torch.tensor(0.0))
         with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.NegativeBinomial(count, logits=logit), obs=x)
+            pyro.sample("x", distribution(first, second), obs=x)
 
-    x = torch.tensor([0.0, 3.0, 1.0, 7.0, 2.0, 4.0])
+    x = torch.tensor([0.0, 3.0, 1.0, 3.0, 2.0, 2.0])
     svi = NaturalSVI(model, lambda x: None, NaturalGradient(0.3))
     losses = [svi.step(x) for _ in range(20)]
     assert losses[-1] < losses[0]
-    drawn = dist.NegativeBinomial(torch.tensor(2.0), logits=torch.tensor(0.5))
+    drawn = distribution(torch.tensor(2.0), torch.tensor(0.5))
+    drawn.log_prob(torch.tensor(1.0))
     before = len(distribution_tensors(drawn))
     drawn.sample()
     assert len(distribution_tensors(drawn)) == before

@@ -1,0 +1,145 @@
+"""Local variables with parameters of their own, of which a batch holds a few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyronat import NaturalGradient, NaturalSVI
+from pyronat.curvature import Curvature
+from pyronat.operators import BlockMatrix, Diagonal
+from pyronat.steps import LinearDecay, RunningAverage
+
+SIZE, BATCH, NOISE = 300, 30, 0.5
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return 1.1 * torch.randn(SIZE) + 0.5
+
+
+def plate(x: Tensor) -> Any:
+    return pyro.plate("data", len(x), subsample_size=BATCH)
+
+
+def model(x: Tensor) -> None:
+    mean = pyro.param("mean", torch.tensor(0.0))
+    with plate(x) as index:
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("x", dist.Normal(z, NOISE), obs=x[index])
+
+
+def guide(x: Tensor) -> None:
+    with plate(x):
+        loc = pyro.param("loc", torch.zeros(len(x)), event_dim=0)
+        scale = pyro.param(
+            "scale", torch.ones(len(x)), constraint=constraints.positive, event_dim=0
+        )
+        pyro.sample("z", dist.Normal(loc, scale))
+
+
+def surprise(x: Tensor, mean: float) -> float:
+    """The negative log evidence, which the loss comes down to with the exact posterior."""
+    marginal = dist.Normal(mean, (1 + NOISE**2) ** 0.5)
+    return -float(marginal.log_prob(x).sum())
+
+
+def test_every_posterior_is_found_though_batches_hold_a_tenth_of_them(x: Tensor) -> None:
+    steps = 400
+    svi = NaturalSVI(model, guide, NaturalGradient(LinearDecay(0.3, steps)))
+    for _ in range(steps):
+        svi.step(x)
+    mean = float(pyro.param("mean").detach())
+    exact = (mean + x / NOISE**2) / (1 + 1 / NOISE**2)
+    loc, scale = pyro.param("loc").detach(), pyro.param("scale").detach()
+    deviation = (1 + 1 / NOISE**2) ** -0.5
+    assert float((loc - exact).square().mean().sqrt()) < 0.5 * deviation
+    assert float((scale / deviation).log().abs().mean()) < 0.2
+    loss = sum(svi.evaluate_loss(x) for _ in range(20)) / 20
+    assert abs(mean - float(x.mean())) < 0.1
+    assert loss < surprise(x, mean) + 0.15 * SIZE
+
+
+def test_autoguides_that_make_their_plates_are_trained(x: Tensor) -> None:
+    def hierarchical(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
+        with plate(x) as index:
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("x", dist.Normal(z, NOISE), obs=x[index])
+
+    auto = AutoNormal(hierarchical, create_plates=plate)
+    svi = NaturalSVI(hierarchical, auto, NaturalGradient(LinearDecay(0.3, 200)))
+    losses = torch.tensor([svi.step(x) for _ in range(200)])
+    assert losses[-20:].mean() < 0.6 * losses[:5].mean()
+
+
+@pytest.mark.parametrize("refresh", [1, 40])
+def test_what_no_batch_has_held_moves_like_the_others(refresh: int, x: Tensor) -> None:
+    """Or the first batch that holds it after a refresh would find a step without bound."""
+    optim = NaturalGradient(0.3, curvature=RunningAverage(refresh=refresh))
+    svi = NaturalSVI(model, guide, optim)
+    before = torch.zeros(SIZE)
+    for _ in range(15):
+        svi.step(x)
+        loc = pyro.param("loc").detach().clone()
+        assert float((loc - before).abs().max()) < 10
+        before = loc
+    assert float((before != 0).double().mean()) > 0.6
+
+
+@pytest.mark.parametrize("form", [lambda v: BlockMatrix(v.reshape(-1, 1, 1)), Diagonal])
+def test_units_keep_what_they_had_when_they_were_last_seen(
+    form: Callable[[Tensor], BlockMatrix | Diagonal],
+) -> None:
+    def curvature(*values: float) -> Curvature:
+        held = torch.tensor(values)
+        return Curvature(form(held.reshape(-1, 1)), held, held)
+
+    def values(operator: Any) -> list[float]:
+        return operator.held.flatten().tolist()  # type: ignore[no-any-return]
+
+    first = curvature(4.0, 2.0, 0.0, 0.0)
+    mixed = first.visit(curvature(8.0, 0.0, 6.0, 0.0), 0.25)
+    assert values(mixed.operator) == [5.0, 2.0, 6.0, 0.0]
+    assert values(mixed.filled()) == pytest.approx([5.0, 2.0, 6.0, 13 / 3])
+    assert values(first.mix(curvature(8.0, 0.0, 6.0, 0.0), 0.25).operator) == [5.0, 1.5, 1.5, 0.0]
+
+
+def test_the_loss_of_stock_pyro_is_what_is_compared_with(x: Tensor) -> None:
+    """At equal steps, Adam at the best of its rates."""
+    steps = 60
+
+    def judged() -> float:
+        loss = Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=1)
+        return sum(float(loss.loss(model, guide, x)) for _ in range(10)) / 10
+
+    def by_adam(rate: float) -> float:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        optim = pyro.optim.LambdaLR({
+            "optimizer": torch.optim.Adam,
+            "optim_args": {"lr": rate},
+            "lr_lambda": LinearDecay(1.0, steps),
+        })
+        svi = pyro.infer.SVI(model, guide, optim, Trace_ELBO())
+        for _ in range(steps):
+            svi.step(x)
+            optim.step()
+        return judged()
+
+    adam = min(map(by_adam, (0.03, 0.1, 0.3)))
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    svi = NaturalSVI(model, guide, NaturalGradient(LinearDecay(0.3, steps)))
+    for _ in range(steps):
+        svi.step(x)
+    assert judged() < adam

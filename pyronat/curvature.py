@@ -92,10 +92,12 @@ class Curvature:
     def visit(self, other: Curvature, share: float) -> Curvature:
         """As `mix`, but a unit that one of them has not reached keeps the matrix of the other.
 
-        So local variables, which few batches hold, keep what they had when they were last seen.
+        So what few batches reach, as local variables and rare rows of tables, keeps what it had
+        when it was last reached.
         """
         mixed = self.mix(other, share)
-        assert mixed.operator is not None and other.operator is not None
+        if mixed.operator is None:
+            return mixed
         operator = _of_units(other.reach > 0, mixed.operator, self.operator)
         return replace(mixed, operator=_of_units(self.reach > 0, operator, other.operator))
 

@@ -244,8 +244,8 @@ class NaturalSVI:
             The loss before the step, in nats.
 
         Raises:
-            InvalidData: if a batch is empty, if an observed value is NaN, or if Pyro or torch
-                refuse arguments that are not finite.
+            InvalidData: if a batch is empty, if an observed value is not finite, or if Pyro or
+                torch refuse arguments that are not.
             StructureChanged: if a program takes a branch that cannot be analyzed.
             NonFiniteStep: after three rejected steps in a row.
             Diverged: after several steps in a row that were taken back.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyronat.blocks import ParamBlock
-from pyronat.curvature import Curvature, mix
+from pyronat.curvature import Curvature
 from pyronat.districts import DistrictPlan
 from pyronat.errors import CheckpointMismatch, PyronatError
 from pyronat.families import is_reparametrized
@@ -148,6 +148,8 @@ class Side:
     ) -> Side:
         """This side with new estimates averaged in, not factored yet.
 
+        Blocks and units that the estimates have not reached keep their averages.
+
         Args:
             curvature: of the full geometry, by block.
             visible: of the visible geometry, by district.
@@ -162,10 +164,8 @@ class Side:
             for name, value in self.average.items()
             if name in self.plan.blocks and not (name in curvature and self._is_certain(name))
         }
-        known = {name: value for name, value in curvature.items() if name in kept}
-        average = {**curvature, **(mix(kept, known, share) if kept else {})}
-        local = {name for name in known if self._is_local(name)}
-        average.update({name: kept[name].visit(known[name], share) for name in local})
+        average = {**kept, **curvature}
+        average.update({n: kept[n].visit(new, share) for n, new in curvature.items() if n in kept})
         average = {name: value.compact() for name, value in average.items()}
         mixed = {
             name: self.visible[name].mix(new, share) if name in self.visible else new
@@ -203,6 +203,9 @@ class Side:
             if not self._can_surprise(name):
                 leverage = torch.zeros_like(leverage)
             strength = damping(diagonal, leverage, lr).expand(diagonal.shape)
+            # A unit that no run has reached yet counts as if all data did.
+            most = leverage * curvature.mass.to(leverage)
+            strength = torch.where(curvature.reach > 0, strength, strength + most)
             strength = operator.usable(strength)
             solved[name] = self._solve(name, operator, strength)
         return replace(self, solved=solved, spectra=self._spectra(solved))

@@ -232,17 +232,17 @@ def check_finite(trial: Trial, sites: Iterable[SiteRecord], loss: float, rejecte
         rejected: steps in a row that were not finite.
 
     Raises:
-        InvalidData: if the step was not finite and an observed value is NaN.
+        InvalidData: if the step was not finite, nor is an observed value.
         NonFiniteStep: after several steps in a row that were not finite.
     """
     if trial.finite:
         return
     log.warning("a step was not taken: loss %g, %d in a row that were not finite", loss, rejected)
     for record in sites:
-        if record.observed and bool(torch.isnan(record.value).any()):
+        if record.observed and not bool(torch.isfinite(record.value).all()):
             raise InvalidData(
-                f"the data of site {record.name!r} hold NaN; the step was not taken. Mask "
-                "missing values with poutine.mask, and replace them by any number"
+                f"the data of site {record.name!r} hold NaN or infinite values; the step was not "
+                "taken. Mask missing values with poutine.mask, and replace them by any number"
             )
     if rejected >= MAX_REJECTED:
         raise NonFiniteStep(

@@ -157,16 +157,19 @@ def test_other_optimizers_are_refused(optim: Any) -> None:
 # --- not finite --------------------------------------------------------------------------------
 
 
-def with_nan(x: Tensor) -> Tensor:
+def with_entry(x: Tensor, entry: float) -> Tensor:
     x = x.clone()
-    x[3, 1] = math.nan
+    x[3, 1] = entry
     return x
 
 
 @by_optimizer
 @pytest.mark.parametrize("validate", [True, False])
 @pytest.mark.parametrize("steps", [0, 3, 5])
-def test_nan_data_are_refused(optimizer: str, validate: bool, steps: int) -> None:
+@pytest.mark.parametrize("entry", [math.nan, math.inf])
+def test_data_that_are_not_finite_are_refused(
+    optimizer: str, validate: bool, steps: int, entry: float
+) -> None:
     """Before the first step, between two refreshes, and at a refresh."""
     model(X)
     guide(X)
@@ -177,15 +180,16 @@ def test_nan_data_are_refused(optimizer: str, validate: bool, steps: int) -> Non
         for _ in range(4):
             if steps:
                 with unchanged(svi), pytest.raises(InvalidData, match="NaN"):
-                    svi.step(with_nan(X))
+                    svi.step(with_entry(X, entry))
             else:
                 with pytest.raises(InvalidData, match="NaN"):
-                    svi.step(with_nan(X))
+                    svi.step(with_entry(X, entry))
     assert same(before, parameters())
     assert_next_step_is_good(svi)
 
 
-def test_nan_data_that_are_no_argument_are_refused() -> None:
+@pytest.mark.parametrize("entry", [math.nan, math.inf, -math.inf])
+def test_data_that_are_not_finite_are_refused_as_no_argument_too(entry: float) -> None:
     data = {"x": X}
 
     def closed() -> None:
@@ -196,7 +200,7 @@ def test_nan_data_that_are_no_argument_are_refused() -> None:
 
     svi = NaturalSVI(closed, closed_guide, NaturalGradient(lr=0.05))
     svi.step()
-    data["x"] = with_nan(X)
+    data["x"] = with_entry(X, entry)
     with pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with unchanged(svi), pytest.raises(InvalidData, match="'x'.*poutine.mask"):

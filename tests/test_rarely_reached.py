@@ -1,4 +1,8 @@
-"""Local variables with parameters of their own, of which a batch holds a few."""
+"""Parameters that few measurements of curvature reach.
+
+Local variables with parameters of their own, of which a batch holds a few, and branches of programs
+that few runs take.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,10 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyronat import NaturalGradient, NaturalSVI
+from pyronat import Full, NaturalGradient, NaturalSVI
 from pyronat.curvature import Curvature
 from pyronat.operators import BlockMatrix, Diagonal
-from pyronat.steps import LinearDecay, RunningAverage
+from pyronat.steps import KLTrustRegion, LinearDecay, Momentum, RunningAverage
 
 SIZE, BATCH, NOISE = 300, 30, 0.5
 
@@ -143,3 +147,54 @@ def test_the_loss_of_stock_pyro_is_what_is_compared_with(x: Tensor) -> None:
     for _ in range(steps):
         svi.step(x)
     assert judged() < adam
+
+
+# --- branches ----------------------------------------------------------------------------------
+
+
+def branching(x: Tensor) -> None:
+    """Data around one of five means, which one says how often a coin has shown heads in a row."""
+    heads = pyro.param("heads", torch.tensor(0.5), constraint=constraints.unit_interval)
+    means = pyro.param("means", torch.zeros(5))
+    count = 0
+    while count < 4 and pyro.sample(f"coin {count}", dist.Bernoulli(heads)) > 0.5:
+        count += 1
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(means[count], 1.0), obs=x)
+
+
+def branching_guide(x: Tensor) -> None:
+    logits = pyro.param("logits", torch.zeros(5))
+    count = 0
+    while count < 4 and pyro.sample(f"coin {count}", dist.Bernoulli(logits=logits[count])) > 0.5:
+        count += 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_means_of_rare_branches_stay_within_the_data(seed: int) -> None:
+    """Without curvature of its own, a mean was carried twenty deviations beyond the data."""
+    pyro.set_rng_seed(seed)
+    x = 1.0 + torch.randn(60)
+    svi = NaturalSVI(branching, branching_guide, NaturalGradient(LinearDecay(0.1, 40)))
+    for _ in range(40):
+        svi.step(x)
+        means = pyro.param("means").detach()
+        assert float(means.abs().max()) < 2.5
+
+
+def test_units_without_curvature_count_as_if_all_data_reached_them() -> None:
+    def model(x: Tensor, rows: Tensor) -> None:
+        means = pyro.param("means", torch.zeros(3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(means[rows], 1.0), obs=x)
+
+    x = torch.full((20,), 4.0)
+    full = Full("posterior")
+    optim = NaturalGradient(1.0, full, momentum=Momentum(0.0), trust_region=KLTrustRegion())
+    svi = NaturalSVI(model, lambda x, rows: None, optim)
+    svi.step(x, torch.zeros(20, dtype=torch.int64))  # measures, and reaches the first row alone
+    before = pyro.param("means").detach().clone()
+    assert before[0] > 0 and not before[1:].any()
+    svi.step(x, torch.ones(20, dtype=torch.int64))  # measures nothing
+    assert svi.info is not None and not svi.info.refreshed
+    assert 0 < float(pyro.param("means").detach()[1]) < 4

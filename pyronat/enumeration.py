@@ -16,6 +16,8 @@ from pyronat.families import groups, peel
 from pyronat.records import Run, SiteRecord
 from pyronat.tracing import OneElement, Program, in_plate, quietly, run_on
 
+_WAY_OUT = "use Full(expectation='model') or 'pooled', or Visible(posterior='enumerate') or 'guide'"
+
 MAX_STATES = 2**16
 """Joint states that an exact expectation may enumerate."""
 
@@ -118,7 +120,7 @@ def _enumerated(
         if states > MAX_STATES:
             raise NotEnumerable(
                 f"{', '.join(sorted(parents))} have {states} joint states, at most {MAX_STATES} "
-                "are enumerated; use Full(expectation='model') or 'pooled'"
+                f"are enumerated; {_WAY_OUT}"
             )
         values = _joint_values(prototype, parents, cells, states)
         rng = torch.random.get_rng_state()
@@ -147,8 +149,7 @@ def _enumerated(
         raise NotEnumerable(
             f"the probabilities of all states of {', '.join(sorted(parents))} sum to "
             f"{float(mass.flatten()[0]):.6g}, not to 1: a parent is masked, its support depends on "
-            "other sites, or branches have parents of their own; use Full(expectation='model') or "
-            "'pooled'"
+            f"other sites, or branches have parents of their own; {_WAY_OUT}"
         )
     return runs
 
@@ -225,7 +226,7 @@ def _cells(record: SiteRecord, dims: frozenset[int]) -> tuple[Tensor, tuple[int,
     except NotImplementedError as error:
         raise NotEnumerable(
             f"site {record.name!r} ({type(base).__name__}) is a parent with infinitely many "
-            "values; use Full(expectation='model') or 'pooled'"
+            f"values; {_WAY_OUT}"
         ) from error
     support = support.reshape(len(support), *base.event_shape)
     event = len(base.event_shape)

@@ -209,7 +209,8 @@ class NaturalSVI:
         The file holds the state of the optimizer, all of Pyro's parameters with their constraints
         and the states of all random numbers. It is written beside the old one (`path` + ".tmp")
         and takes its place when it is whole: at any time a killed process leaves the old file or
-        the new one. Not in it are arguments of steps, settings, and states of callbacks.
+        the new one. Not in it are arguments of steps, settings, states of callbacks, and buffers of
+        modules, such as BatchNorm's running means: those are in the modules' own `state_dict`.
 
         Args:
             path: the file.

@@ -28,7 +28,7 @@ from pyronat.buffers import kept_buffers
 from pyronat.dataflow import Dataflow
 from pyronat.families import peel
 from pyronat.records import Plate, Run, SiteRecord
-from pyronat.wrappers import distribution_tensors, forget
+from pyronat.wrappers import clear_caches, distribution_tensors
 
 Program: TypeAlias = Callable[..., Any]
 """A model or a guide."""
@@ -253,7 +253,7 @@ class FreshTransforms(Messenger):
         self._met: set[int] = set()
 
     def _pyro_sample(self, message: dict[str, Any]) -> None:
-        forget(message["fn"], self._met)
+        clear_caches(message["fn"], self._met)
 
 
 def _set_value(message: dict[str, Any], value: Tensor) -> None:

@@ -156,7 +156,7 @@ def held_distributions(distribution: Distribution) -> Iterator[Distribution]:
         stack.extend(part for part in parts if isinstance(part, _HOLDERS))
 
 
-def forget(distribution: Distribution, met: set[int]) -> None:
+def clear_caches(distribution: Distribution, met: set[int]) -> None:
     """Makes the transforms of a distribution forget what they have computed last.
 
     A value that they meet again has the inverse then that their parameters give it now.

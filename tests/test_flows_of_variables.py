@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyronat import Full, NaturalGradient, NaturalSVI, fisher
 from pyronat.errors import UnsupportedDistribution, WithoutFisher
 from pyronat.steps import Constant, Rejection
-from pyronat.wrappers import forget
+from pyronat.wrappers import clear_caches
 
 INVERTIBLE = {
     "affine coupling": lambda: transforms.affine_coupling(3),
@@ -192,8 +192,8 @@ def test_transforms_forget_once() -> None:
     value = inner.sample()
     assert transform._cached_x_y[1] is value
     met: set[int] = set()
-    forget(inner.expand([3]), met)
+    clear_caches(inner.expand([3]), met)
     assert transform._cached_x_y == (None, None)
     value = inner.sample()
-    forget(inner, met)
+    clear_caches(inner, met)
     assert transform._cached_x_y[1] is value

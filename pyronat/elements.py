@@ -33,6 +33,7 @@ class ElementFactor(Factor):
         group: the coordinates.
         data: the data of the site.
         elements: the element of each unit `[count]`.
+        present: whether it has one in this run `[count]`.
         jacobian: ∂θ/∂(entries of the unit) `[count, coordinates, size]`.
         diagonal: whether the diagonal of the matrices is wanted alone.
     """
@@ -42,6 +43,7 @@ class ElementFactor(Factor):
     group: Group
     data: Data
     elements: Tensor
+    present: Tensor
     jacobian: Tensor
     diagonal: bool
 
@@ -50,7 +52,7 @@ class ElementFactor(Factor):
         size = self.jacobian.shape[1]
         weights = weights.to(self.jacobian.dtype).sum_to_size(self.record.distribution.batch_shape)
         spread = self.data.total(spread_weights(weights, self.record.distribution))
-        own = spread.reshape(-1)[self.elements]
+        own = spread.reshape(-1)[self.elements] * self.present
         fisher = self.data.own(self.group.fisher).reshape(-1, size, size)[self.elements]
         reference = fisher
         if self.group.bound is not None:
@@ -76,10 +78,29 @@ class ElementFactor(Factor):
         )
 
 
+@dataclass(frozen=True)
+class Slopes:
+    """Derivatives of a coordinate by the entries of a parameter, each of which reaches one element.
+
+    Attributes:
+        values: `[entries]`, 0 where an entry reaches none.
+        places: number of the coordinate that each entry reaches `[entries]`.
+        reached: whether it reaches one `[entries]`.
+    """
+
+    values: Tensor
+    places: Tensor
+    reached: Tensor
+
+
 def slopes_of(
     coordinates: Sequence[Tensor], leaves: Mapping[str, Tensor], gate: SampleGate
-) -> list[dict[str, Tensor]] | None:
-    """Derivatives of each coordinate by the entry at its own place.
+) -> list[dict[str, Slopes]] | None:
+    """Derivatives of coordinates that are functions of one entry of each parameter.
+
+    Entries belong to coordinates at their own place, or where there are more of them than of
+    coordinates, as of local variables of which a batch holds a few, to those that a backward pass
+    with their numbers tells.
 
     Args:
         coordinates: tensors of one number n of elements.
@@ -87,55 +108,72 @@ def slopes_of(
         gate: the sample values, which are held fixed.
 
     Returns:
-        For each coordinate its derivatives `[n]` by parameter, or None where a coordinate depends
-        on an entry at another place.
+        For each coordinate its derivatives by parameter, or None where an entry reaches several
+        elements, or others than those at its place.
     """
     count = coordinates[0].numel()
-    if any(leaf.numel() != count for leaf in leaves.values()):
-        return None
     trial = 1 + torch.rand(count, dtype=coordinates[0].dtype, device=coordinates[0].device)
-    cotangents = torch.stack([torch.ones_like(trial), trial])
+    numbers = torch.arange(count, device=trial.device)
+    cotangents = torch.stack([torch.ones_like(trial), trial, 1 + numbers.to(trial)])
+    if any(leaf.numel() < count for leaf in leaves.values()):
+        return None
+    if all(leaf.numel() == count for leaf in leaves.values()):
+        cotangents = cotangents[:2]
     found = []
     for coordinate in coordinates:
         rows = vector_jacobian_products(
-            [coordinate], list(leaves.values()), [cotangents.reshape(2, *coordinate.shape)], gate
+            [coordinate],
+            list(leaves.values()),
+            [cotangents.reshape(-1, *coordinate.shape)],
+            gate,
         )
         slopes = {}
-        for name, row in zip(leaves, rows, strict=True):
-            slope, mixed = cotangents.new_zeros(2, count) if row is None else row.reshape(2, -1)
-            tolerance = torch.finfo(slope.dtype).eps ** 0.5 * slope.abs().max()
-            if bool(((mixed - trial * slope).abs() > tolerance).any()):
+        for (name, leaf), row in zip(leaves.items(), rows, strict=True):
+            flat = cotangents.new_zeros(len(cotangents), leaf.numel()) if row is None else row
+            values, mixed, *told = flat.reshape(len(cotangents), -1)
+            places, reached = numbers, torch.ones_like(values, dtype=torch.bool)
+            if leaf.numel() > count:
+                reached = values != 0
+                exact = told[0] / torch.where(reached, values, 1)
+                places = torch.where(reached, exact.round() - 1, 0).long().clamp(0, count - 1)
+            tolerance = torch.finfo(values.dtype).eps ** 0.5 * values.abs().max()
+            if bool(((mixed - trial[places] * values).abs() > tolerance).any()):
                 return None
-            slopes[name] = slope
+            slopes[name] = Slopes(values, places, reached)
         found.append(slopes)
     return found
 
 
 def unit_jacobian(
-    block: ParamBlock, layout: Layout, slopes: Sequence[Mapping[str, Tensor]], each: int
-) -> tuple[Tensor, Tensor] | None:
+    block: ParamBlock, layout: Layout, slopes: Sequence[Mapping[str, Slopes]], each: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """The Jacobian of each unit, if the units belong to one element each.
 
     Args:
         block: the block.
         layout: where its parameters lie.
-        slopes: of each coordinate, by parameter `[elements * each]`.
+        slopes: of each coordinate, by parameter.
         each: coordinates that a tensor of coordinates has for one element.
 
     Returns:
-        The element of each unit `[count]`, and ∂θ/∂(entries) `[count, coordinates, size]`; None
-        if the entries of a unit belong to several elements.
+        The element of each unit `[count]`, whether it has one `[count]`, and ∂θ/∂(entries)
+        `[count, coordinates, size]`; None if the entries of a unit belong to several elements.
     """
-    like = slopes[0][block.params[0]]
-    places = torch.arange(len(like), device=like.device)
     shapes = dict(zip(block.params, block.shapes, strict=True))
-    index = layout.pack({name: places.reshape(shape) for name, shape in shapes.items()})
-    elements = index // each
-    if not bool((elements == elements[:, :1]).all()):
-        return None
-    columns = []
+
+    def packed(part: str, own: Mapping[str, Slopes]) -> Tensor:
+        parts = {name: getattr(own[name], part).reshape(shape) for name, shape in shapes.items()}
+        return layout.pack(parts)
+
+    columns, elements, reached = [], [], []
     for own in slopes:
-        packed = layout.pack({name: own[name].reshape(shape) for name, shape in shapes.items()})
-        places = torch.nn.functional.one_hot(index % each, each)
-        columns.append((packed.unsqueeze(2) * places).mT)
-    return elements[:, 0], torch.cat(columns, 1)
+        places = packed("places", own)
+        places = torch.nn.functional.one_hot(places % each, each)
+        columns.append((packed("values", own).unsqueeze(2) * places).mT)
+        reached.append(packed("reached", own))
+        elements.append(torch.where(reached[-1], packed("places", own) // each, -1))
+    numbers = torch.cat(elements, 1)
+    element = numbers.amax(1)
+    if bool((torch.cat(reached, 1) & (numbers != element.unsqueeze(1))).any()):
+        return None
+    return element.clamp_min(0), element >= 0, torch.cat(columns, 1)

@@ -286,10 +286,17 @@ def _grown(tensor: Tensor, size: int) -> Tensor:
 
 
 def _to_members(step: _Choice, some: Tensor) -> Tensor:
-    """Edges `[2, n]` from some of a step's nodes to all rows that they may be."""
-    members = step.members[:, step.columns[some]]
+    """Edges `[2, n]` that connect some of a step's nodes with all rows that they may be.
+
+    Rows of a column are connected with the first of them, and so are the nodes that read it.
+    """
+    columns, places = step.columns[some].unique(return_inverse=True)
+    members = step.members[:, columns]
     nonzero = members != 0
-    return torch.stack([step.nodes[some].expand_as(members)[nonzero], members[nonzero]])
+    first = members.gather(0, nonzero.to(torch.uint8).argmax(0, keepdim=True))
+    of_rows = torch.stack([first.expand_as(members)[nonzero], members[nonzero]])
+    of_nodes = torch.stack([step.nodes[some], first[0, places]])
+    return torch.cat([of_rows, of_nodes[:, of_nodes[1] != 0]], 1)
 
 
 def _numel(tensor: Tensor, axes: Sequence[int]) -> int:

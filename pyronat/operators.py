@@ -394,6 +394,8 @@ class CholeskyFactor(Solver):
     # For many factors two triangular solves take a third of what `cholesky_solve` does.
     @staticmethod
     def _triangular(matrix: Tensor, vectors: Tensor, upper: bool) -> Tensor:
+        if matrix.shape[-1] == 1:
+            return vectors.to(matrix.dtype) / matrix.squeeze(-1)
         columns = vectors.to(matrix.dtype).reshape(-1, *vectors.shape[-2:]).permute(1, 2, 0)
         solved: Tensor = torch.linalg.solve_triangular(matrix, columns, upper=upper)
         return solved.permute(2, 0, 1).reshape(vectors.shape)

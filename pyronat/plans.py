@@ -102,7 +102,7 @@ def make_plan(
     for whole in net.blocks:
         if left_out & set(whole.params):
             continue
-        obstacle = _obstacle(whole, net)
+        obstacle = _obstacle(whole, net, required)
         if obstacle is not None and required:
             raise obstacle
         if obstacle is None and (required or whole.explicit):
@@ -226,12 +226,37 @@ def _part(
     )
 
 
-def _obstacle(block: ParamBlock, net: BayesNet) -> PyronatError | None:
-    """Why a block cannot be measured, or None."""
-    advice = (
-        f"leave {block.name} to another optimizer with NaturalGradient(exclude=[...]), or choose "
+def check_entries(names: str, count: int) -> None:
+    """Refuses units that are not linear and have too many entries to be differentiated.
+
+    Args:
+        names: of their parameters.
+        count: number of their entries.
+
+    Raises:
+        BlockTooLarge: if there are too many.
+    """
+    if count > MAX_JACOBIAN_ENTRIES:
+        raise BlockTooLarge(
+            f"{names} has {count} entries that are not linear units, at most "
+            f"{MAX_JACOBIAN_ENTRIES} are differentiated; {_advice(names)}"
+        )
+
+
+def _advice(names: str) -> str:
+    return (
+        f"leave {names} to another optimizer with NaturalGradient(exclude=[...]), or choose "
         "Euclidean() for this program"
     )
+
+
+def _obstacle(block: ParamBlock, net: BayesNet, required: bool) -> PyronatError | None:
+    """Why a block cannot be measured, or None.
+
+    Whether many units are read element by element, and thus cheap, a run tells: they are tried
+    where they are required.
+    """
+    advice = _advice(block.name)
     if _is_unknown(block):
         return UnsupportedDistribution(
             "no Fisher information, in closed form or from simulated values, at site "
@@ -244,11 +269,11 @@ def _obstacle(block: ParamBlock, net: BayesNet) -> PyronatError | None:
             f"the dense block of {block.name} has {block.size} entries, at most {MAX_FORMED_SIZE} "
             f"are formed; choose Full(structure={{{block.params[0]!r}: 'dual'}}), or {advice}"
         )
-    if block.explicit and block.num_entries > MAX_JACOBIAN_ENTRIES:
-        return BlockTooLarge(
-            f"{block.name} has {block.num_entries} entries that are not linear units, at most "
-            f"{MAX_JACOBIAN_ENTRIES} are differentiated; {advice}"
-        )
+    tried = required and block.count > 1
+    try:
+        check_entries(block.name, block.num_entries if block.explicit and not tried else 0)
+    except BlockTooLarge as error:
+        return error
     return None
 
 

@@ -28,6 +28,12 @@ from pyronat.jacobians import jacobian, vector_jacobian_products
 FEW = 4
 """A row is differentiated by itself where it has at least so many elements on average."""
 
+MANY = 2**14
+"""Entries of tables above which it is anyway: a Jacobian of all elements is out of the question."""
+
+MOST = 2**27
+"""Entries of the Jacobian of all rows above which there is none."""
+
 
 @dataclass(frozen=True)
 class TableRows:
@@ -68,7 +74,8 @@ def table_rows(
         together = together * (place.max() + 1) + place
     distinct, numbers = torch.unique(together, return_inverse=True)
     rows, elements = len(distinct), len(numbers)
-    if rows * FEW > elements:
+    entries = sum(param.numel() for param in params)
+    if (rows * FEW > elements and entries <= MANY) or rows * size * entries > MOST:
         return None
     order = torch.arange(elements, device=numbers.device)
     first = order.new_zeros(rows).scatter_(0, numbers.flip(0), order.flip(0))

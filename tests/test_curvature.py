@@ -571,7 +571,9 @@ def test_large_blocks_are_refused(
     case = BY_NAME["cpt"]
     known = know(case.model, case.args, {})
     with pytest.raises(BlockTooLarge, match=message):
-        make_plan(known)
+        dream_curvature(case.model, case.args, {}, make_plan(known))
+    with pytest.raises(BlockTooLarge, match=message):
+        pyronat.fisher(case.model, *case.args, geometry=pyronat.Full("model"))
     plan = make_plan(known, excluded=[excluded])
     assert set(plan.blocks) == {"ta", "tb", "tc", "td"} - {excluded}
 

@@ -6,6 +6,7 @@ that few runs take.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,11 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyronat import Full, NaturalGradient, NaturalSVI
+from pyronat import Full, NaturalGradient, NaturalSVI, tables
 from pyronat.curvature import Curvature
+from pyronat.errors import BlockTooLarge
 from pyronat.operators import BlockMatrix, Diagonal
+from pyronat.plans import MAX_JACOBIAN_ENTRIES
 from pyronat.steps import KLTrustRegion, LinearDecay, Momentum, RunningAverage
 
 SIZE, BATCH, NOISE = 300, 30, 0.5
@@ -84,6 +87,62 @@ def test_autoguides_that_make_their_plates_are_trained(x: Tensor) -> None:
     svi = NaturalSVI(hierarchical, auto, NaturalGradient(LinearDecay(0.3, 200)))
     losses = torch.tensor([svi.step(x) for _ in range(200)])
     assert losses[-20:].mean() < 0.6 * losses[:5].mean()
+
+
+def test_curvature_is_that_of_the_variables_in_the_batch(x: Tensor) -> None:
+    """A normal variable in a batch counts N / B times with 1 / s² and, in log s, 2."""
+    optim = NaturalGradient(0.1)
+    svi = NaturalSVI(model, guide, optim)
+    svi.step(x)
+    average = optim.sides["guide"].average
+    loc, log_scale = (average[name].operator.dense().flatten() for name in ("loc", "scale"))
+    seen = loc > 0
+    assert int(seen.sum()) == BATCH and torch.equal(seen, log_scale > 0)
+    assert torch.allclose(loc[seen], torch.full((BATCH,), SIZE / BATCH))
+    assert torch.allclose(log_scale[seen], torch.full((BATCH,), 2.0 * SIZE / BATCH))
+
+
+def test_there_may_be_more_of_them_than_a_jacobian_has_columns() -> None:
+    x = torch.randn(MAX_JACOBIAN_ENTRIES + 10)
+    optim = NaturalGradient(0.3)
+    svi = NaturalSVI(many, many_guide, optim)
+    losses = [svi.step(x) for _ in range(8)]
+    assert optim.sides["guide"].average["local"].operator.mean_diagonal().shape == x.shape
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def many(x: Tensor) -> None:
+    with pyro.plate("data", len(x), subsample_size=100) as index:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, NOISE), obs=x[index])
+
+
+def many_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x), subsample_size=100):
+        local = pyro.param("local", torch.zeros(len(x)), event_dim=0)
+        pyro.sample("z", dist.Normal(local, 0.5))
+
+
+@pytest.mark.parametrize("most", [2**27, 2**14])
+def test_rows_of_large_tables_may_be_read_twice(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(tables, "MOST", most)
+
+    def model(row: Tensor, y: Tensor) -> None:
+        effects = pyro.param("effects", torch.zeros(MAX_JACOBIAN_ENTRIES + 10))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(effects[row], 1.0), obs=y)
+
+    row = torch.arange(100)
+    row[1] = 0
+    optim = NaturalGradient(0.5, Full("posterior"))
+    svi = NaturalSVI(model, lambda row, y: None, optim)
+    if most < 2**27:
+        with pytest.raises(BlockTooLarge, match="effects has"):
+            svi.step(row, row + 1.0)
+        return
+    svi.step(row, row + 1.0)
+    counts = optim.sides["model"].average["effects"].operator.mean_diagonal()
+    assert counts[:3].tolist() == [2.0, 0.0, 1.0] and float(counts.sum()) == 100
 
 
 @pytest.mark.parametrize("refresh", [1, 40])

@@ -435,8 +435,7 @@ class NaturalSVI:
 
     def _analyze_here(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Analyzes the programs at the parameters as they are."""
-        with Claims(self._unclaimed):
-            create_parameters(self.model, self.guide, args, kwargs)
+        create_parameters(self.model, self.guide, args, kwargs, within=Claims(self._unclaimed))
         model = know(self.model, args, kwargs)
         guide = self._of_guide(know(self.guide, args, kwargs), model)
         check_same_program(

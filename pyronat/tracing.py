@@ -182,7 +182,11 @@ def data_count(records: Sequence[SiteRecord]) -> float:
 
 
 def create_parameters(
-    model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: Program,
+    guide: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    within: Messenger,
 ) -> None:
     """Creates the parameters of model and guide as a first evaluation of a loss would.
 
@@ -193,10 +197,11 @@ def create_parameters(
         guide: its guide.
         args: arguments of both.
         kwargs: their keyword arguments.
+        within: sees the parameters first.
     """
     stored, before = stored_parameters(), get_rng_state()
     try:
-        with torch.random.fork_rng(), poutine.block(), torch.no_grad(), kept_buffers():
+        with torch.random.fork_rng(), poutine.block(), torch.no_grad(), kept_buffers(), within:
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             poutine.replay(model, trace=guide_trace)(*args, **kwargs)
             after = random_state(), get_rng_state()

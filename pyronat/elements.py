@@ -167,11 +167,11 @@ def unit_jacobian(
 
     columns, elements, reached = [], [], []
     for own in slopes:
-        places = packed("places", own)
-        places = torch.nn.functional.one_hot(places % each, each)
-        columns.append((packed("values", own).unsqueeze(2) * places).mT)
-        reached.append(packed("reached", own))
-        elements.append(torch.where(reached[-1], packed("places", own) // each, -1))
+        places, found = packed("places", own), packed("reached", own)
+        parts = torch.nn.functional.one_hot(places % each, each)
+        columns.append((packed("values", own).unsqueeze(2) * parts).mT)
+        elements.append(torch.where(found, places // each, -1))
+        reached.append(found)
     numbers = torch.cat(elements, 1)
     element = numbers.amax(1)
     if bool((torch.cat(reached, 1) & (numbers != element.unsqueeze(1))).any()):

@@ -34,7 +34,7 @@ from pyronat.families import Group
 from pyronat.jacobians import jacobian
 from pyronat.layers import Layer, find_layers
 from pyronat.network_factors import LayerFactor, RowsFactor, piece_of
-from pyronat.plans import Plan, check_entries
+from pyronat.plans import Plan, too_many_entries
 from pyronat.records import SiteRecord
 from pyronat.simulated import fisher_groups
 from pyronat.tables import TableRows, table_rows
@@ -213,8 +213,10 @@ def _unit_factors(seen: _Seen, blocks: Sequence[ParamBlock]) -> list[Factor]:
         return by_element
     repeated = () if seen.by_element else data.repeated
     table = _table_rows(seen, present, repeated)
-    if table is None:
-        check_entries(", ".join(present), sum(prod(shapes[param]) for param in present))
+    entries = sum(prod(shapes[param]) for param in present)
+    error = too_many_entries(", ".join(present), entries)
+    if table is None and error is not None:
+        raise error
     found = _jacobian(seen, present, repeated) if table is None else table.jacobian
     columns, positions = _columns(found, present, shapes)
     layouts = seen.plan.layouts

@@ -226,21 +226,22 @@ def _part(
     )
 
 
-def check_entries(names: str, count: int) -> None:
-    """Refuses units that are not linear and have too many entries to be differentiated.
+def too_many_entries(names: str, count: int) -> BlockTooLarge | None:
+    """The error for units that are not linear and have too many entries to be differentiated.
 
     Args:
         names: of their parameters.
         count: number of their entries.
 
-    Raises:
-        BlockTooLarge: if there are too many.
+    Returns:
+        The error, or None if there are few enough.
     """
-    if count > MAX_JACOBIAN_ENTRIES:
-        raise BlockTooLarge(
-            f"{names} has {count} entries that are not linear units, at most "
-            f"{MAX_JACOBIAN_ENTRIES} are differentiated; {_advice(names)}"
-        )
+    if count <= MAX_JACOBIAN_ENTRIES:
+        return None
+    return BlockTooLarge(
+        f"{names} has {count} entries that are not linear units, at most {MAX_JACOBIAN_ENTRIES} "
+        f"are differentiated; {_advice(names)}"
+    )
 
 
 def _advice(names: str) -> str:
@@ -269,12 +270,9 @@ def _obstacle(block: ParamBlock, net: BayesNet, required: bool) -> PyronatError 
             f"the dense block of {block.name} has {block.size} entries, at most {MAX_FORMED_SIZE} "
             f"are formed; choose Full(structure={{{block.params[0]!r}: 'dual'}}), or {advice}"
         )
-    tried = required and block.count > 1
-    try:
-        check_entries(block.name, block.num_entries if block.explicit and not tried else 0)
-    except BlockTooLarge as error:
-        return error
-    return None
+    if not block.explicit or (required and block.count > 1):
+        return None
+    return too_many_entries(block.name, block.num_entries)
 
 
 def _why_unmeasured(block: ParamBlock, net: BayesNet) -> str:

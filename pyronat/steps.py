@@ -544,6 +544,9 @@ class Shrinkage:
 class RunningAverage:
     """Exponential average of curvature over refreshes, unbiased from the first one.
 
+    A unit that a refresh has not reached, as a local variable outside of the batch or the row of a
+    table that nothing has picked, keeps its average: it is one over the refreshes that reach it.
+
     What is old misleads more than a single refresh is noisy: of four belief networks of the zoo all
     end lower with a decay of 0.6 than of 0.8, and no program ends higher by more than 0.1 % of its
     way; on digits a network of 64, 32 and 16 units is 0.12 nats lower after 25 epochs.

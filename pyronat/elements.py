@@ -112,11 +112,11 @@ def slopes_of(
         elements, or others than those at its place.
     """
     count = coordinates[0].numel()
+    if any(leaf.numel() < count for leaf in leaves.values()):
+        return None
     trial = 1 + torch.rand(count, dtype=coordinates[0].dtype, device=coordinates[0].device)
     numbers = torch.arange(count, device=trial.device)
     cotangents = torch.stack([torch.ones_like(trial), trial, 1 + numbers.to(trial)])
-    if any(leaf.numel() < count for leaf in leaves.values()):
-        return None
     if all(leaf.numel() == count for leaf in leaves.values()):
         cotangents = cotangents[:2]
     found = []

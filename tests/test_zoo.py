@@ -256,6 +256,7 @@ def train(name: str, geometry: str, seed: int = 0) -> Training:
     return Training(start, judged(program, trainable, data, row.judges), trainable, data)
 
 
+@pytest.mark.filterwarnings("ignore::pyronat.errors.WithoutFisher")
 @pytest.mark.parametrize(("name", "geometry"), CASES)
 def test_training_ends_in_its_window(name: str, geometry: str) -> None:
     expected = getattr(TABLE[name], geometry)

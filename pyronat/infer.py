@@ -537,8 +537,7 @@ class NaturalSVI:
 
     def _fresh_transforms(self) -> AbstractContextManager[Any]:
         """`FreshTransforms`, where a program is known to have distributions with transforms."""
-        sites = (site for side in self.optim.sides.values() for site in side.net.sites)
-        transformed = any(site.family.startswith("TransformedDistribution") for site in sites)
+        transformed = any(side.plan.transformed for side in self.optim.sides.values())
         return FreshTransforms() if transformed else nullcontext()
 
 

@@ -12,6 +12,9 @@ from torch.autograd.graph import GradientEdge
 
 from pyronat.autograd import SampleGate
 
+MAX_JACOBIAN_ENTRIES = 2**14
+"""Largest number of entries of a block that is not linear: columns of a Jacobian."""
+
 
 def jacobian(coordinates: Tensor, params: Sequence[Tensor], gate: SampleGate) -> Tensor:
     """Jacobian of a flattened tensor, sample values held fixed.

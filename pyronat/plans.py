@@ -24,15 +24,13 @@ from pyronat.errors import (
     UnsupportedStructure,
 )
 from pyronat.graph import BayesNet
+from pyronat.jacobians import MAX_JACOBIAN_ENTRIES
 from pyronat.operators import Layout
 from pyronat.partition import layout_of
 from pyronat.programs import KnownProgram
 
 MAX_FORMED_SIZE = 4096
 """Largest number of entries in one unit that is formed where the user asks for it."""
-
-MAX_JACOBIAN_ENTRIES = 2**14
-"""Largest number of entries of a block that is not linear: columns of a Jacobian."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,11 @@ class Plan:
         return {
             name: min(elements[site] for site in block.sites) for name, block in self.blocks.items()
         }
+
+    @cached_property
+    def transformed(self) -> bool:
+        """Whether distributions may have transforms, which remember values."""
+        return any(site.family.startswith("TransformedDistribution") for site in self.net.sites)
 
     def owner(self) -> dict[str, str]:
         """Parameter → name of a block that holds it."""

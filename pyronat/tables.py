@@ -23,13 +23,13 @@ from pyronat.autograd import (
     picked_places,
     shape_of,
 )
-from pyronat.jacobians import jacobian, vector_jacobian_products
+from pyronat.jacobians import MAX_JACOBIAN_ENTRIES, jacobian, vector_jacobian_products
 
 FEW = 4
-"""A row is differentiated by itself where it has at least so many elements on average."""
+"""A row is differentiated by itself where it has at least so many elements on average.
 
-MANY = 2**14
-"""Entries of tables above which it is anyway: a Jacobian of all elements is out of the question."""
+In tables of more than `MAX_JACOBIAN_ENTRIES` it is anyway, as all elements cannot be.
+"""
 
 MOST = 2**27
 """Entries of the Jacobian of all rows above which there is none."""
@@ -75,7 +75,7 @@ def table_rows(
     distinct, numbers = torch.unique(together, return_inverse=True)
     rows, elements = len(distinct), len(numbers)
     entries = sum(param.numel() for param in params)
-    if (rows * FEW > elements and entries <= MANY) or rows * size * entries > MOST:
+    if (rows * FEW > elements and entries <= MAX_JACOBIAN_ENTRIES) or rows * size * entries > MOST:
         return None
     order = torch.arange(elements, device=numbers.device)
     first = order.new_zeros(rows).scatter_(0, numbers.flip(0), order.flip(0))

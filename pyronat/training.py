@@ -13,6 +13,7 @@ from typing import Any
 import pyro
 import torch
 
+from pyronat.buffers import kept_buffers
 from pyronat.infer import NaturalSVI
 from pyronat.loading import Loaded, Target, load
 from pyronat.optim import NaturalGradient
@@ -273,7 +274,7 @@ def evaluate(recipe: Recipe, settings: Settings) -> float:
         Nats per datum.
     """
     program = recipe.program
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(), kept_buffers():
         torch.manual_seed(0)
         if program.log_likelihood is not None:
             return -float(program.log_likelihood(*program.args)) / program.size

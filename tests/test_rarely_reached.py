@@ -22,8 +22,8 @@ from torch.distributions import constraints
 from pyronat import Full, NaturalGradient, NaturalSVI, tables
 from pyronat.curvature import Curvature
 from pyronat.errors import BlockTooLarge
+from pyronat.jacobians import MAX_JACOBIAN_ENTRIES
 from pyronat.operators import BlockMatrix, Diagonal
-from pyronat.plans import MAX_JACOBIAN_ENTRIES
 from pyronat.steps import KLTrustRegion, LinearDecay, Momentum, RunningAverage
 
 SIZE, BATCH, NOISE = 300, 30, 0.5

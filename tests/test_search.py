@@ -126,15 +126,17 @@ def test_the_loss_never_increases() -> None:
     assert {info.accepted for info in infos[:20]} == {True}
 
 
-def test_without_a_search_the_loss_may_increase() -> None:
+@pytest.mark.parametrize("initial", [1e-3, 1e-2])
+def test_without_a_search_the_loss_may_increase(initial: float) -> None:
     """Negative control: the problem is not so simple that every step gains."""
-    svi, x = latent_class(replace(RULE, initial=1e-6, rejected=-math.inf, max_tries=1))
+    svi, x = latent_class(replace(RULE, initial=initial, rejected=-math.inf, max_tries=1))
     losses = [svi.step(x) for _ in range(10)]
     assert any(b > a + 1e-6 for a, b in itertools.pairwise(losses))
 
 
-def test_bold_starts_are_taken_back() -> None:
-    svi, x = latent_class(replace(RULE, initial=1e-6))
+@pytest.mark.parametrize("initial", [1e-6, 1e-3])
+def test_bold_starts_are_taken_back(initial: float) -> None:
+    svi, x = latent_class(replace(RULE, initial=initial))
     losses, tries = [], []
     for _ in range(10):
         losses.append(svi.step(x))

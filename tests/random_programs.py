@@ -900,7 +900,10 @@ def max_pool1d(tape: Tape, h: Tensor) -> Tensor:
 
 @keeps_shape
 def aminmax(tape: Tape, h: Tensor) -> Tensor:
-    low, high = torch.aminmax(h, dim=tape.axis(), keepdim=True)
+    axis = tape.axis()
+    low, high = torch.aminmax(h, dim=axis, keepdim=True)
+    if low.grad_fn is not None and "NotImplemented" in low.grad_fn.name():  # in an early torch
+        low, high = h.amin(axis, keepdim=True), h.amax(axis, keepdim=True)
     return (h - low) / (1 + high - low)
 
 

@@ -379,7 +379,9 @@ def check_zoo(output: Path, printed: str) -> None:
     assert (output / "table.md").read_text() in printed + "\n"
     names = [entry["name"] for entry in content["programs"]]
     assert sorted(names + content["left out"]) == sorted(programs())
-    assert len(names) >= 5 and content["versions"]["torch"] == torch.__version__
+    assert len(names) >= 5
+    # A build, such as "+cu130", may be missing from the version of the package.
+    assert torch.__version__.startswith(content["versions"]["torch"])
     for entry in content["programs"]:
         program = programs()[entry["name"]]
         runs = [run for run in content["runs"] if run["program"] == program.name]

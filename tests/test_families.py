@@ -481,6 +481,9 @@ OTHER_ROWS = (
     Row("ZeroInflatedPoisson", {"rate": [0.4, 6.0], "gate_logits": [-0.5, 0.8]}),
 )
 """Families with kinks, without a faithful sampler, or that cannot be expanded once drawn from."""
+LATER = {"GeneralizedPareto"} - vars(pyro.distributions).keys()
+"""Families of a later torch than this one."""
+OTHER_ROWS = tuple(row for row in OTHER_ROWS if row.family not in LATER)
 ALL_ROWS = ROWS + OTHER_ROWS
 MODULES = (torch.distributions, pyro.distributions)
 
@@ -583,7 +586,7 @@ def test_every_family_has_a_row() -> None:
         found = family_of(peel(row.make(pyro.distributions)(**row.values())))
         assert found is not None, row
         covered.add(found)
-    assert covered == set(FAMILIES)
+    assert covered == set(FAMILIES) - LATER
     assert len(FAMILIES) >= 40
 
 
@@ -785,12 +788,15 @@ NO_FISHER: dict[str, Callable[[], Any]] = {
     "Empirical": lambda: D.Empirical(torch.randn(4), learned([0.0, 0.1, 0.2, 0.3])),
     "Unit": lambda: D.Unit(learned(1.0)),
     "scale of Pareto": lambda: D.Pareto(learned(1.0), torch.tensor(2.0)),
-    "loc of GeneralizedPareto": lambda: D.GeneralizedPareto(learned(1.0), 1.0, torch.tensor(0.2)),
     "loc of AffineBeta": lambda: D.AffineBeta(2.0, 2.0, learned(1.0), 1.0),
     "scale of AffineBeta": lambda: D.AffineBeta(2.0, 2.0, 1.0, learned(1.0)),
     "leaf_times of CoalescentTimes": lambda: D.CoalescentTimes(learned([0.0, 0.1, 0.2])),
     "total_count of Binomial": lambda: D.Binomial(learned(3.0), torch.tensor(0.2)),
 }
+if "GeneralizedPareto" not in LATER:
+    NO_FISHER["loc of GeneralizedPareto"] = lambda: D.GeneralizedPareto(
+        learned(1.0), 1.0, torch.tensor(0.2)
+    )
 
 
 @pytest.mark.parametrize("message", sorted(NO_FISHER))
@@ -946,7 +952,7 @@ def test_reparametrized_families_are_those_with_differentiable_draws() -> None:
         distribution = peel(row.make(pyro.distributions)(**row.values()))
         if type(distribution).__name__ in FAMILIES and distribution.has_rsample:
             found.add(type(distribution).__name__)
-    assert found == REPARAMETRIZED
+    assert found == REPARAMETRIZED - LATER
 
 
 @pytest.mark.parametrize("row", OTHER_ROWS, ids=str)
@@ -1104,7 +1110,7 @@ def test_table_names_every_distribution_once() -> None:
     named = [name for names in table().values() for name in names]
     assert len(named) == len(set(named))
     only_torch = {"ExpRelaxedCategorical", "LogitRelaxedBernoulli"}
-    assert set(named) - only_torch == exported - ABSTRACT
+    assert set(named) - only_torch - LATER == exported - ABSTRACT
     assert exported >= ABSTRACT
 
 

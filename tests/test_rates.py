@@ -170,6 +170,8 @@ TORCH: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 }
 
 
+# Torch's own schedulers call each other in a way that an early torch warns of.
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
 @pytest.mark.parametrize("name", TORCH)
 def test_schedulers_of_torch_are_schedules(name: str) -> None:
     leaf = torch.zeros((), requires_grad=True)

@@ -265,10 +265,11 @@ def test_training_ends_in_its_window(name: str, geometry: str) -> None:
             train(name, geometry)
         return
     training, (low, high) = train(name, geometry), expected
-    assert low <= training.end <= high
+    if SAME_DATA:
+        assert low <= training.end <= high
     # The window tells a training from none, and from a bad one.
-    way = (training.start - high) / (training.start - low)
-    assert way >= LEAST_WAY
+    for end in (training.end, high):
+        assert (training.start - end) / (training.start - low) >= LEAST_WAY
     noise = 0.01 if TABLE[name].judges else 1e-9
     for known in (training.trainable.optimum, training.trainable.bound):
         if known is not None:
@@ -277,6 +278,14 @@ def test_training_ends_in_its_window(name: str, geometry: str) -> None:
 
 LEAST_WAY = 0.3
 """Share of the way from the start to the low end that every training makes."""
+SAME_DATA = 110 == int(
+    torch.multinomial(
+        torch.ones(100, 3, dtype=torch.float64, device="cpu"),
+        1,
+        generator=torch.Generator("cpu").manual_seed(0),
+    ).sum()
+)
+"""Whether torch draws the data that the windows are of: early releases draw other ones."""
 
 
 # --- referees ----------------------------------------------------------------------------------

@@ -120,11 +120,9 @@ def figure(
 
     with matplotlib.rc_context(dict(STYLE)):
         drawn = Figure(figsize=size, layout=layout)
-        try:
-            yield drawn
-            drawn.savefig(file, format=form, metadata={"Date": None} if form == "svg" else None)
-        finally:
-            drawn.clear()
+        # A drawing that fails leaves nothing to undo.
+        yield drawn  # ruff: ignore[fallible-context-manager]
+        drawn.savefig(file, format=form, metadata={"Date": None} if form == "svg" else None)
 
 
 # Networks

@@ -278,13 +278,9 @@ def test_training_ends_in_its_window(name: str, geometry: str) -> None:
 
 LEAST_WAY = 0.3
 """Share of the way from the start to the low end that every training makes."""
-SAME_DATA = 110 == int(
-    torch.multinomial(
-        torch.ones(100, 3, dtype=torch.float64, device="cpu"),
-        1,
-        generator=torch.Generator("cpu").manual_seed(0),
-    ).sum()
-)
+_EQUAL = torch.ones(100, 3, dtype=torch.float64, device="cpu")
+_DRAWN = torch.multinomial(_EQUAL, 1, generator=torch.Generator("cpu").manual_seed(0))
+SAME_DATA = int(_DRAWN.sum()) == 110
 """Whether torch draws the data that the windows are of: early releases draw other ones."""
 
 

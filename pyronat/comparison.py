@@ -15,11 +15,11 @@ from pyro import poutine
 from pyro.infer import SVI
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from pyronat.buffers import kept_buffers
 from pyronat.errors import PyronatError
 from pyronat.loading import Loaded
 from pyronat.progress import Progress, progress
 from pyronat.recipes import Recipe
+from pyronat.tracing import repeatable
 from pyronat.training import Batches, Settings, evaluate, natural
 
 ADAM, TWO_RATES = STOCK = ("adam", "two-rate")
@@ -235,7 +235,7 @@ def _stepper(run: Run, recipe: Recipe, settings: Settings) -> Callable[[Loaded],
 def guide_params(recipe: Recipe) -> frozenset[str]:
     """Names of parameters that the guide alone has; random numbers are left alone."""
     program = recipe.program
-    with torch.no_grad(), torch.random.fork_rng(), kept_buffers():
+    with torch.no_grad(), repeatable():
         guide, model = (
             set(poutine.trace(p, param_only=True).get_trace(*program.args, **program.kwargs))
             for p in (recipe.guide, program.model)

@@ -13,7 +13,6 @@ from typing import Any
 import pyro
 import torch
 
-from pyronat.buffers import kept_buffers
 from pyronat.infer import NaturalSVI
 from pyronat.loading import Loaded, Target, load
 from pyronat.optim import NaturalGradient
@@ -21,6 +20,7 @@ from pyronat.progress import progress, words_of
 from pyronat.recipes import LossName, Recipe, recipe_of
 from pyronat.reports import JSONLines, StepInfo
 from pyronat.steps import Constant, LinearDecay, PolyakRuppert, Schedule
+from pyronat.tracing import own_random_numbers
 
 EVALUATION_PARTICLES = 10
 """Guide draws of an evaluation."""
@@ -274,8 +274,7 @@ def evaluate(recipe: Recipe, settings: Settings) -> float:
         Nats per datum.
     """
     program = recipe.program
-    with torch.no_grad(), torch.random.fork_rng(), kept_buffers():
-        torch.manual_seed(0)
+    with torch.no_grad(), own_random_numbers(0):
         if program.log_likelihood is not None:
             return -float(program.log_likelihood(*program.args)) / program.size
         particles = None
